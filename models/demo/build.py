@@ -33,9 +33,7 @@ LONG_SHARE = 0.12
 TOKENS_PER_STEP = 4096
 
 # GPT-4's split: runs of indentation stay together, digits go in threes.
-SPLIT_PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +180,7 @@ def train(
                 with torch.no_grad():
                     wanted = teacher(input_ids=rows[:, :-1], use_cache=False).logits
                 loss = distillation_loss(logits, wanted)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -227,10 +225,12 @@ def report(folder: Path, tokenizer: PreTrainedTokenizerFast, stream: torch.Tenso
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=11_000_000, help="seen by the target")
-    parser.add_argument("--draft-tokens", type=int, default=11_000_000, help="seen by the draft")
+    parser.add_argument("--tokens", type=int, default=10_000_000, help="seen by the target")
+    parser.add_argument("--draft-tokens", type=int, default=10_000_000, help="seen by the draft")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

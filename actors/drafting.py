@@ -1,0 +1,91 @@
+"""Drafters in the target's own process: what one request's drafting session looks like.
+
+A session owns the request's living tree. The engine asks it to grow, takes the best subtree,
+and tells it what was committed.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from outrider.speculation.drafters.ngram import NgramDrafter
+from outrider.speculation.living_tree import LivingTree, Reroot
+from outrider.speculation.request import Request
+from outrider.speculation.tree import ROOT
+from outrider.speculation.types import IntArray
+
+
+class DraftSession(Protocol):
+    """One request's drafting."""
+
+    name: str
+    tree: LivingTree
+
+    def grow(self, width: int) -> int:
+        """One draft step: expands up to ``width`` frontier nodes; returns the rows it computed."""
+        ...
+
+    def commit(self, tokens: IntArray) -> Reroot:
+        """Moves the root down newly committed tokens (int64 ``[count]``)."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the session holds."""
+        ...
+
+
+class DraftEngine(Protocol):
+    """Opens sessions for requests."""
+
+    def open(self, request: Request) -> DraftSession: ...
+
+
+class NgramEngine:
+    """Prompt lookup; see ``NgramDrafter``."""
+
+    def __init__(
+        self, *, prompt_lookup_min: int, prompt_lookup_max: int, num_speculative_tokens: int
+    ) -> None:
+        self._settings = {
+            "prompt_lookup_min": prompt_lookup_min,
+            "prompt_lookup_max": prompt_lookup_max,
+            "num_speculative_tokens": num_speculative_tokens,
+        }
+        NgramDrafter(**self._settings)
+
+    def open(self, request: Request) -> "NgramSession":
+        return NgramSession(NgramDrafter(**self._settings), request.prompt_ids)
+
+
+class NgramSession:
+    """Drafts at once all that the text so far suggests."""
+
+    name = "ngram"
+
+    def __init__(self, drafter: NgramDrafter, prompt_ids: IntArray) -> None:
+        self._drafter = drafter
+        self._text = prompt_ids
+        self.tree = LivingTree(drafter.law)
+
+    def grow(self, width: int) -> int:  # noqa: ARG002, a lookup costs the same at any width
+        drafted = self._drafter.propose(self._text, self.tree.capacity)
+        slots = np.zeros(len(drafted), np.int64)
+        conditional = drafted.scores.copy()
+        inner = drafted.parent_indices >= 0
+        conditional[inner] /= drafted.scores[drafted.parent_indices[inner]]
+        for depth in range(1, int(drafted.depths.max(initial=0)) + 1):
+            level = np.flatnonzero(drafted.depths == depth)
+            above = drafted.parent_indices[level]
+            parents = np.where(above < 0, ROOT, slots[above])
+            slots[level] = self.tree.add(parents, drafted.tokens[level], conditional[level])
+        self.tree.mark_expanded(np.append(slots, ROOT))
+        return 0
+
+    def commit(self, tokens: IntArray) -> Reroot:
+        self._text = np.concatenate((self._text, tokens))
+        reroot = self.tree.reroot(tokens)
+        self.tree.clear()
+        return reroot
+
+    def close(self) -> None:
+        self.tree.clear()

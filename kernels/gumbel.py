@@ -1,0 +1,101 @@
+"""Counter-based noise and the exponential race: the plain PyTorch reference.
+
+``argmin(E / p)`` with independent unit exponentials E is an exact draw from p, the same
+one as ``argmax(log p + gumbel)`` with ``gumbel = -log E`` (Maddison, Tarlow and Minka,
+"A* Sampling", 2014, section 2), but keeps full precision where p is small. Every bit of
+the noise is a function of (seed, choice, position, token) alone, so whoever knows the
+seed can compute it, in any order and in any batch.
+
+The bits are those of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom
+number generators", 2014), one stream with its own odd increment per (seed, choice,
+position), indexed by the token; the multipliers are David Stafford's "Mix13".
+
+Shapes: R rows, V vocabulary.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+_MULTIPLIER_2 = 0x94D049BB133111EB
+_GOLDEN = 0x9E3779B97F4A7C15
+_TO_BASE = 0xD1B54A32D192ED03
+_TO_GAMMA = 0x8CB92BA72F3D8DD7
+
+IntLike = int | npt.NDArray[np.int64] | npt.NDArray[np.uint64]
+
+
+def stream_keys(seeds: IntLike, positions: IntLike, choices: IntLike) -> npt.NDArray[np.int64]:
+    """The keys of one noise stream per row.
+
+    seeds: ``[R]`` or one for all, any of the 2**64 values; int64 is read modulo 2**64.
+    positions: ``[R]``, index in the whole sequence of the token to choose.
+    choices: ``[R]`` or one for all, which of a request's ``n`` choices.
+
+    Returns:
+        int64 ``[2, R]``: the bases and the (odd) gammas that ``exponential_noise`` takes.
+    """
+    state = np.full(1, _GOLDEN, np.uint64)
+    for word in (seeds, choices, positions):
+        state = _absorb(state, word)
+    keys = np.stack([_finalise(state ^ np.uint64(_TO_BASE)), _finalise(state ^ np.uint64(_TO_GAMMA))])
+    keys[1] |= np.uint64(1)
+    return keys.view(np.int64)
+
+
+def exponential_noise(base: torch.Tensor, gamma: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Unit exponentials for every token, each row from its own stream.
+
+    base, gamma: int64 ``[R]``, the rows of ``stream_keys``.
+
+    Returns:
+        float32 ``[R, V]`` within [2**-33, 33 ln 2]: ``-log1p(-u)``, where u is the middle
+        of one of 2**32 equal intervals. Computed in float64 and then rounded, so that the
+        last ulp of a library's logarithm does not show.
+    """
+    # The counter: int64 multiplication wraps around, as the stream wants.
+    z = torch.arange(vocab_size, device=base.device) * gamma[:, None]
+    z += base[:, None]
+    # An arithmetic shift and a mask make a logical shift.
+    z ^= (z >> 30) & (2**34 - 1)
+    z *= _signed(_MULTIPLIER_1)
+    z ^= (z >> 27) & (2**37 - 1)
+    z *= _signed(_MULTIPLIER_2)
+    # SplitMix64's last xor-shift, by 31, would touch but one of the top 32 bits. They are
+    # read as a signed number, which is the unsigned one less 2**31 with its top bit flipped.
+    z >>= 32
+    minus_u = z.to(torch.float64).mul_(-(2.0**-32)).sub_(0.5 + 2.0**-33)
+    return minus_u.log1p_().to(torch.float32).neg_()
+
+
+def exponential_race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The winner of each row's race, an exact draw from ``probs``.
+
+    probs: float ``[R, V]``, not negative, of any positive sum (the sum changes no winner).
+    noise: float32 ``[R, V]`` from ``exponential_noise``.
+
+    Returns:
+        int64 ``[R]``, the least ``noise / probs``, of equal ones the lowest id. A token of
+        probability 0 never wins against another; a NaN wins always, so the caller sees it.
+    """
+    return torch.div(noise, probs).argmin(dim=-1)
+
+
+def _absorb(state: npt.NDArray[np.uint64], word: IntLike) -> npt.NDArray[np.uint64]:
+    """Mixes ``word`` into ``state``: one-to-one in either, so no two positions share a stream."""
+    words = np.atleast_1d(np.asarray(word)).astype(np.uint64)
+    mixed: npt.NDArray[np.uint64] = _finalise(_finalise(words + np.uint64(_GOLDEN)) ^ state)
+    return mixed + np.uint64(_GOLDEN)
+
+
+def _finalise(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finaliser, a permutation of the 64-bit words."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(_MULTIPLIER_1)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(_MULTIPLIER_2)
+    return words ^ (words >> np.uint64(31))
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of a 64-bit ``word`` of 2**63 or more."""
+    return word - 2**64

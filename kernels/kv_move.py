@@ -1,0 +1,12 @@
+"""Moving accepted nodes' KV entries to the slots of their positions."""
+
+import torch
+
+
+def kv_move(pool: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copies entries ``source[i]`` to ``target[i]`` in every layer, in place.
+
+    pool: ``[layers, slots, 2, kv_heads, head_dim]``.
+    source, target: int64 ``[entries]``; no slot stands in both, so order does not matter.
+    """
+    pool.index_copy_(1, target, pool.index_select(1, source))

@@ -1,0 +1,176 @@
+"""Attention of plain and tree rows over a slot-addressed KV pool: plain PyTorch references.
+
+R rows, G key/value heads, Q query heads per key/value head, D head size, S shared keys,
+W tail keys, N slots. A row attends the first S committed keys, which lie in consecutive
+slots, and a tail given by slot numbers: the end of the committed text and its own ancestors.
+
+*Canonical* attention makes a row's bits depend on its path alone (docs/numerics.md). For a
+row at position p, ``S = STRIDE * max(0, p // STRIDE - 1)`` and the tail holds the 64 positions
+from S on, in path order, those after p masked; every row reduces over exactly these keys in
+exactly this order, however many other rows stand beside it. Products over the shared keys
+have R as a dimension, so R is padded to a multiple that a start-up probe found harmless;
+products over the tail are made per row.
+
+*Fast* attention shares all committed keys and one tail of all nodes, masked.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+TAIL = 64
+"""Positions in a canonical tail."""
+STRIDE = TAIL // 2
+"""Canonical prefixes end at multiples of this; a tree may be this deep."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionGroup:
+    """r rows of one sequence that share a prefix.
+
+    rows: int64 ``[r]``, which rows of the batch; None means all of them, in order.
+    num_rows: r.
+    padded: r, rounded up to the row class of the products over shared keys.
+    shared: the S consecutive slots ``[start, start + S)``.
+    tail_slots: canonical: int64 ``[r * W]``; fast: int64 ``[W]``, the same for all rows.
+    tail_mask: ``[r, 1, W]``, added to scores: 0 or -inf.
+    """
+
+    rows: torch.Tensor | None
+    num_rows: int
+    padded: int
+    shared: tuple[int, int]
+    tail_slots: torch.Tensor
+    tail_mask: torch.Tensor
+
+
+class Scratch:
+    """Buffers allocated once, so that no step allocates in proportion to the context."""
+
+    def __init__(self, max_rows: int, num_heads: int, max_keys: int, dtype: torch.dtype) -> None:
+        self._buffers = torch.zeros(3, max_rows * num_heads * max_keys, dtype=dtype)
+
+    def view(self, index: int, *shape: int) -> torch.Tensor:
+        """The start of buffer ``index`` in the given shape; holds whatever was left there."""
+        return self._buffers[index, : math.prod(shape)].view(shape)
+
+
+class TreeAttention:
+    """One step's attention: buffers and views are laid out once and used by every layer.
+
+    shape: ``(G, Q, D)``. rows: R; further rows of ``q`` and ``out`` are left alone.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[AttentionGroup],
+        shape: tuple[int, int, int],
+        scratch: Scratch,
+        *,
+        rows: int,
+        canonical: bool,
+    ) -> None:
+        self._rows = rows
+        kind = _CanonicalRows if canonical else _FastRows
+        self._parts = [(group.rows, kind(group, shape, scratch)) for group in groups]
+
+    def __call__(self, q: torch.Tensor, pool: torch.Tensor, out: torch.Tensor) -> None:
+        """q: ``[R, G, Q, D]``, already scaled. pool: ``[N, 2, G, D]``, one layer's keys and values.
+
+        out: ``[R, G, Q, D]`` in the model's dtype, filled in place.
+        """
+        q, out = q[: self._rows], out[: self._rows]
+        for rows, attend in self._parts:
+            if rows is None:
+                out.copy_(attend(q, pool))
+            else:
+                out.index_copy_(0, rows, attend(q.index_select(0, rows), pool).to(out.dtype))
+
+
+class _CanonicalRows:
+    """A group's canonical attention; rows from r to ``padded`` are computed and discarded."""
+
+    def __init__(self, group: AttentionGroup, shape: tuple[int, int, int], scratch: Scratch) -> None:
+        G, Q, D = shape
+        rows, padded, (start, S) = group.num_rows, group.padded, group.shared
+        dtype = group.tail_mask.dtype
+        self.shared = slice(start, start + S)
+        self.tail_slots, self.tail_mask = group.tail_slots, group.tail_mask
+        q_heads = torch.zeros(G, padded, Q, D, dtype=dtype)
+        self.q_rows, self.q_flat = q_heads[:, :rows], q_heads.view(G, padded * Q, D)
+        self.tail = torch.empty(rows * TAIL, 2, G, D, dtype=dtype)
+        tail = self.tail.view(rows, TAIL, 2, G, D)
+
+        scores = torch.zeros(G, padded, Q, TAIL, dtype=dtype)
+        both = scratch.view(0, G, padded, Q, S + TAIL)
+        probs = scratch.view(1, G, padded, Q, S + TAIL)
+        result = torch.empty(G, padded * Q, D, dtype=dtype)
+        self.scores, self.score_rows = scores, scores[:, :rows]
+        self.shared_scores = scratch.view(2, G, padded * Q, S)
+        self.shared_scores_4d = self.shared_scores.view(G, padded, Q, S)
+        self.both, self.probs = both, probs
+        self.probs_shared = probs.view(G, padded * Q, S + TAIL)[:, :, :S]
+        self.result = result
+        result_4d = result.view(G, padded, Q, D)
+        self.result_rows = result_4d[:, :rows].transpose(0, 1)
+        self.key_heads = [
+            (q_heads[head, :rows], tail[:, :, 0, head].transpose(1, 2), scores[head, :rows])
+            for head in range(G)
+        ]
+        self.value_heads = [
+            (probs[head, :rows, :, S:], tail[:, :, 1, head], result_4d[head, :rows]) for head in range(G)
+        ]
+
+    def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        self.q_rows.copy_(q.transpose(0, 1))
+        torch.index_select(pool, 0, self.tail_slots, out=self.tail)
+        for queries, keys, scores in self.key_heads:
+            torch.bmm(queries, keys, out=scores)
+        self.score_rows.add_(self.tail_mask)
+        if self.shared.stop == self.shared.start:
+            torch.softmax(self.scores, -1, out=self.probs)
+            self.result.zero_()
+        else:
+            prefix = pool[self.shared]
+            torch.bmm(self.q_flat, prefix[:, 0].permute(1, 2, 0), out=self.shared_scores)
+            torch.cat((self.shared_scores_4d, self.scores), -1, out=self.both)
+            torch.softmax(self.both, -1, out=self.probs)
+            torch.bmm(self.probs_shared, prefix[:, 1].transpose(0, 1), out=self.result)
+        for probs, values, result in self.value_heads:
+            result.baddbmm_(probs, values)
+        return self.result_rows
+
+
+class _FastRows:
+    """A group's attention over all its shared keys and one masked tail."""
+
+    def __init__(self, group: AttentionGroup, shape: tuple[int, int, int], scratch: Scratch) -> None:
+        G, Q, D = shape
+        rows, (start, S) = group.num_rows, group.shared
+        W = len(group.tail_slots)
+        self.flat, self.shape = (G, rows * Q, D), (G, rows, Q, D)
+        self.shared = slice(start, start + S)
+        self.tail_slots, self.tail_mask = group.tail_slots, group.tail_mask
+        self.shared_scores = scratch.view(0, G, rows * Q, S)
+        self.tail_shape = (G, rows, Q, W)
+        self.both = scratch.view(1, G, rows * Q, S + W)
+        self.probs = scratch.view(2, G, rows * Q, S + W)
+        self.probs_shared, self.probs_tail = self.probs[:, :, :S], self.probs[:, :, S:]
+
+    def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        by_head = q.transpose(0, 1).reshape(self.flat)
+        prefix = pool[self.shared]
+        torch.bmm(by_head, prefix[:, 0].permute(1, 2, 0), out=self.shared_scores)
+        if not len(self.tail_slots):
+            torch.softmax(self.shared_scores, -1, out=self.probs)
+            return torch.bmm(self.probs, prefix[:, 1].transpose(0, 1)).view(self.shape).transpose(0, 1)
+        tail = pool.index_select(0, self.tail_slots)
+        tail_scores = torch.bmm(by_head, tail[:, 0].permute(1, 2, 0))
+        tail_scores.view(self.tail_shape).add_(self.tail_mask)
+        torch.cat((self.shared_scores, tail_scores), -1, out=self.both)
+        torch.softmax(self.both, -1, out=self.probs)
+        result = torch.bmm(self.probs_shared, prefix[:, 1].transpose(0, 1))
+        result.baddbmm_(self.probs_tail, tail[:, 1].transpose(0, 1))
+        return result.view(self.shape).transpose(0, 1)

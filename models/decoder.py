@@ -1,0 +1,133 @@
+"""The decoder of Llama, Qwen2 and Qwen3: rows in, logits out."""
+
+import torch
+import torch.nn.functional as F
+
+from outrider.kernels.linear import Linear
+from outrider.kernels.tree_attention import TAIL, Scratch, TreeAttention
+from outrider.models.batch import Batch
+from outrider.models.config import ModelConfig
+from outrider.models.kv_cache import TRASH_SLOT, KVCache
+from outrider.models.layers import Block
+from outrider.models.numerics import FAST, MAX_ROWS, Numerics, RowClasses, probe
+from outrider.models.rope import rope_frequencies
+from outrider.models.weights import Checkpoint
+from outrider.speculation.tree import MAX_TREE_DEPTH
+
+
+class Decoder:
+    """A network whose weights are loaded and packed.
+
+    max_model_len: tokens of the longest sequence; the rotation table and score buffers
+        are made for it once.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        numerics: Numerics,
+        max_model_len: int,
+    ) -> None:
+        hidden, vocab = config.hidden_size, config.vocab_size
+        self.config, self.dtype, self.max_model_len = config, dtype, max_model_len
+        self.attention_dtype = torch.promote_types(dtype, torch.float32)
+        self.embedding = checkpoint.tensor("model.embed_tokens.weight", (vocab, hidden)).to(dtype)
+        self.blocks = [Block(config, checkpoint, i, dtype) for i in range(config.num_layers)]
+        self.norm = checkpoint.tensor("model.norm.weight", (hidden,)).to(dtype)
+        head = (
+            self.embedding
+            if config.tie_word_embeddings
+            else checkpoint.tensor("lm_head.weight", (vocab, hidden)).to(dtype)
+        )
+        self.head = Linear(head)
+        G = config.num_kv_heads
+        self.heads = (G, config.num_heads // G, config.head_dim)
+        self.rotation = self._rotation_table()
+        self.scratch = Scratch(MAX_ROWS, config.num_heads, max_model_len + TAIL, self.attention_dtype)
+        self.classes = self._row_classes(numerics)
+
+    @property
+    def numerics(self) -> Numerics:
+        return Numerics.CANONICAL if self.classes.canonical else Numerics.FAST
+
+    def make_cache(self, num_blocks: int) -> KVCache:
+        """A pool of blocks for this network; keys and values stand in ``attention_dtype``.
+
+        CPU libraries multiply small bfloat16 matrices at less than half of float32's speed,
+        so the cache of a bfloat16 model is float32 there: twice the memory, and more exact.
+        """
+        return KVCache(
+            layers=self.config.num_layers,
+            kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            num_blocks=num_blocks,
+            dtype=self.attention_dtype,
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """Runs the rows and writes their KV.
+
+        Returns logits ``[R - first_logit_row, vocab]`` in the model's dtype.
+        """
+        rows = len(batch.tokens)
+        tokens, positions, slots = self._padded(batch, self.classes.linear_rows(rows))
+        x = self.embedding[tokens]
+        rotation = self._rotation(positions)
+        attended = x.new_zeros(len(x), self.config.num_heads * self.config.head_dim)
+        attention = TreeAttention(
+            batch.groups, self.heads, self.scratch, rows=rows, canonical=self.classes.canonical
+        )
+        for block, pool in zip(self.blocks, cache.layers, strict=True):
+            block(x, rotation, slots, pool, attention, attended)
+        wanted = x[batch.first_logit_row :]
+        if batch.first_logit_row == rows:
+            return wanted.new_empty(0, self.config.vocab_size)
+        logits = self.head(F.rms_norm(wanted, (x.shape[1],), self.norm, self.config.rms_norm_eps))
+        return logits[: rows - batch.first_logit_row]
+
+    @staticmethod
+    def _padded(batch: Batch, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens, positions and slots, filled up to a row class with rows nobody looks at."""
+        extra = rows - len(batch.tokens)
+        if not extra:
+            return batch.tokens, batch.positions, batch.slots
+        return (
+            F.pad(batch.tokens, (0, extra), value=0),
+            F.pad(batch.positions, (0, extra), value=0),
+            F.pad(batch.slots, (0, extra), value=TRASH_SLOT),
+        )
+
+    def _rotation_table(self) -> torch.Tensor:
+        """Complex ``[positions, 2, D / 2]``: turns of queries, scaled by 1/sqrt(D), and of keys."""
+        frequencies, magnitude = rope_frequencies(self.config.rope, self.config.head_dim)
+        positions = torch.arange(self.max_model_len + MAX_TREE_DEPTH, dtype=self.attention_dtype)
+        angles = positions[:, None] * frequencies.to(self.attention_dtype)
+        turn = torch.polar(torch.full_like(angles, magnitude), angles)
+        return torch.stack((turn * self.config.head_dim**-0.5, turn), dim=1)
+
+    def _rotation(self, positions: torch.Tensor) -> torch.Tensor:
+        """Complex ``[R, H + G, D / 2]``, the turn of every query and key head of each row."""
+        turns = self.rotation[positions]
+        return torch.cat(
+            (
+                turns[:, :1].expand(-1, self.config.num_heads, -1),
+                turns[:, 1:].expand(-1, self.config.num_kv_heads, -1),
+            ),
+            dim=1,
+        )
+
+    @torch.inference_mode()
+    def _row_classes(self, numerics: Numerics) -> RowClasses:
+        if numerics is Numerics.FAST:
+            return FAST
+        return probe(
+            [*self.blocks[0].linears, self.head],
+            heads=self.heads,
+            max_keys=self.max_model_len,
+            dtype=self.dtype,
+            attention_dtype=self.attention_dtype,
+        )

@@ -1,0 +1,119 @@
+"""Row classes: how many rows a product must have so that each row gets the same bits.
+
+A matrix product may reduce a row in another order when other rows stand beside it. Which row
+counts are safe depends on shape, dtype, threads and library, so it is found out at start-up:
+a quantum q is taken when products of every multiple of q rows agree bitwise with each other.
+"""
+
+import enum
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from outrider.kernels.linear import Linear
+from outrider.kernels.tree_attention import TAIL, AttentionGroup, Scratch, TreeAttention
+from outrider.speculation.errors import ModelError
+
+MAX_ROWS = 64
+"""Rows of the largest forward; longer prompts go in chunks."""
+QUANTA = (1, 2, 4, 8, 16, 32, MAX_ROWS)
+PROBED_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 20, 24, 31, 32, 33, 40, 48, 56, 63, 64)
+
+
+class Numerics(enum.StrEnum):
+    """``canonical``: a row's bits depend on its path alone. ``fast``: fewest operations."""
+
+    CANONICAL = "canonical"
+    FAST = "fast"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowClasses:
+    """Quanta of rows for linear layers and for attention's products over shared keys."""
+
+    canonical: bool
+    linear: int = 1
+    attention: int = 1
+
+    def linear_rows(self, rows: int) -> int:
+        return -(-rows // self.linear) * self.linear
+
+    def attention_rows(self, rows: int) -> int:
+        return -(-rows // self.attention) * self.attention
+
+
+FAST = RowClasses(canonical=False)
+
+
+def smallest_quantum(product: Callable[[int, int], torch.Tensor], name: str) -> int:
+    """The smallest quantum whose multiples all give equal rows.
+
+    product: ``(first, count)`` computes rows ``[first, first + count)`` of one fixed input.
+
+    Raises:
+        ModelError: not even full forwards agree with themselves.
+    """
+    reference = product(0, MAX_ROWS)
+    for quantum in QUANTA:
+        counts = [rows for rows in PROBED_ROWS if rows % quantum == 0]
+        if all(_agrees(product, reference, rows) for rows in counts):
+            return quantum
+    raise ModelError(f"{name}: no row class gives reproducible results; use numerics 'fast'")
+
+
+def _agrees(product: Callable[[int, int], torch.Tensor], reference: torch.Tensor, rows: int) -> bool:
+    """Whether ``rows`` rows, taken from the front and from the back, equal the reference's."""
+    last = MAX_ROWS - rows
+    return torch.equal(product(0, rows), reference[:rows]) and torch.equal(
+        product(last, rows), reference[last:]
+    )
+
+
+def probe(
+    linears: Iterable[Linear],
+    *,
+    heads: tuple[int, int, int],
+    max_keys: int,
+    dtype: torch.dtype,
+    attention_dtype: torch.dtype,
+) -> RowClasses:
+    """Row classes for these linear layers and for attention of shape ``heads`` = (G, Q, D)."""
+    generator = torch.Generator().manual_seed(0)
+    distinct = {(linear.shape, linear.packed): linear for linear in linears}
+    linear_quanta = [_linear_quantum(linear, dtype, generator) for linear in distinct.values()]
+    key_counts = sorted({0, TAIL, max(0, max_keys // 2 // TAIL * TAIL), max_keys // TAIL * TAIL})
+    attention_quanta = [_attention_quantum(heads, S, attention_dtype, generator) for S in key_counts]
+    return RowClasses(canonical=True, linear=max(linear_quanta), attention=max(attention_quanta))
+
+
+def _linear_quantum(linear: Linear, dtype: torch.dtype, generator: torch.Generator) -> int:
+    x = torch.randn(MAX_ROWS, linear.shape[1], generator=generator).to(dtype)
+    return smallest_quantum(
+        lambda first, count: linear(x[first : first + count].clone()), f"linear {linear.shape}"
+    )
+
+
+def _attention_quantum(
+    heads: tuple[int, int, int], S: int, dtype: torch.dtype, generator: torch.Generator
+) -> int:
+    G, Q, D = heads
+    pool = torch.randn(S + TAIL, 2, G, D, generator=generator).to(dtype)
+    q = torch.randn(MAX_ROWS, G, Q, D, generator=generator).to(dtype)
+    scratch = Scratch(MAX_ROWS, G * Q, S + TAIL, dtype)
+
+    def product(first: int, count: int) -> torch.Tensor:
+        group = AttentionGroup(
+            rows=None,
+            num_rows=count,
+            padded=count,
+            shared=(0, S),
+            tail_slots=torch.arange(S, S + TAIL).repeat(count),
+            tail_mask=torch.zeros(count, 1, TAIL, dtype=dtype),
+        )
+        out = torch.empty(count, G, Q, D, dtype=dtype)
+        attention = TreeAttention([group], heads, scratch, rows=count, canonical=True)
+        attention(q[first : first + count], pool, out)
+        return out
+
+    return smallest_quantum(product, f"attention {heads} over {S} keys")

@@ -1,0 +1,49 @@
+"""One request on its way through an engine, and what it gives back."""
+
+from dataclasses import dataclass, field
+
+from outrider.speculation.sampling_params import SamplingParams
+from outrider.speculation.statistics import SpeculationStatistics
+from outrider.speculation.types import FinishReason, IntArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Request:
+    """One choice for one prompt.
+
+    prompt_ids: int64 ``[length]``. params: with a seed. choice: which of the ``n`` choices.
+    speculative: whether the engine's drafter may help; the tokens are the same either way.
+    """
+
+    prompt_ids: IntArray
+    params: SamplingParams
+    choice: int = 0
+    speculative: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """What one engine step added to a request.
+
+    token_ids: committed tokens; the first ``num_accepted`` were drafted, the last is the
+        target's own unless the request ended before it.
+    text: what became safe to stream; it may lag behind the tokens.
+    """
+
+    token_ids: list[int]
+    num_accepted: int
+    text: str
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Completion:
+    """One finished choice of a request."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+    stats: SpeculationStatistics = field(repr=False)

@@ -1,0 +1,116 @@
+"""Counts of what speculation did. Raw counts only; everything else is derived when read."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from itertools import pairwise, zip_longest
+
+
+@dataclass(kw_only=True)
+class SpeculationStatistics:
+    """Mutable counts of one request, engine or link; ``merge`` adds them up.
+
+    num_drafts: verifications of at least one draft token.
+    num_draft_tokens, num_accepted_tokens: over those; without the target's own tokens.
+    num_accepted_tokens_per_pos: entry i counts drafts whose path was accepted to depth i + 1.
+    num_spec_steps: target steps with speculation switched on, empty trees included.
+    target_steps, target_rows, target_seconds: forwards of the target, query rows, duration.
+    draft_steps, draft_rows, draft_seconds: the same of the drafter.
+    num_output_tokens: committed tokens.
+    accepted_by_drafter: accepted draft tokens by who proposed them.
+    reroot_hits, reroot_misses: re-roots that kept, or lost, the tree.
+    """
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
+    num_spec_steps: int = 0
+    target_steps: int = 0
+    target_rows: int = 0
+    target_seconds: float = 0.0
+    draft_steps: int = 0
+    draft_rows: int = 0
+    draft_seconds: float = 0.0
+    num_output_tokens: int = 0
+    accepted_by_drafter: dict[str, int] = field(default_factory=dict)
+    reroot_hits: int = 0
+    reroot_misses: int = 0
+
+    def record_verification(
+        self, *, num_draft_tokens: int, num_accepted_tokens: int, drafter: str | None = None
+    ) -> None:
+        """Counts one verification; an empty tree is a step but no draft.
+
+        Raises:
+            ValueError: more was accepted than drafted, or a count is negative.
+        """
+        if not 0 <= num_accepted_tokens <= num_draft_tokens:
+            raise ValueError(f"{num_accepted_tokens} of {num_draft_tokens} draft tokens cannot be accepted")
+        self.num_spec_steps += 1
+        self.num_drafts += num_draft_tokens > 0
+        self.num_draft_tokens += num_draft_tokens
+        self.num_accepted_tokens += num_accepted_tokens
+        self.num_accepted_tokens_per_pos = _added(self.num_accepted_tokens_per_pos, [1] * num_accepted_tokens)
+        if drafter is not None and num_accepted_tokens:
+            total = self.accepted_by_drafter.get(drafter, 0)
+            self.accepted_by_drafter[drafter] = total + num_accepted_tokens
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """1 + accepted / drafts, bonus token included; 1.0 when nothing was drafted."""
+        return 1.0 + (self.num_accepted_tokens / self.num_drafts if self.num_drafts else 0.0)
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted / drafted tokens; 0.0 when nothing was drafted."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    @property
+    def acceptance_rate_per_pos(self) -> list[float]:
+        """Entry i: share of drafts accepted to depth i + 1; empty when nothing was accepted."""
+        return [count / self.num_drafts for count in self.num_accepted_tokens_per_pos]
+
+    @property
+    def acceptance_histogram(self) -> list[int]:
+        """Entry j: drafts of which exactly j tokens were accepted; sums to ``num_drafts``."""
+        reached = [self.num_drafts, *self.num_accepted_tokens_per_pos, 0]
+        return [here - beyond for here, beyond in pairwise(reached)]
+
+    def merge(self, other: "SpeculationStatistics") -> None:
+        """Adds ``other``'s counts to these."""
+        for name in (each.name for each in fields(self)):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if isinstance(mine, list):
+                setattr(self, name, _added(mine, theirs))
+            elif isinstance(mine, dict):
+                setattr(self, name, dict(Counter(mine) + Counter(theirs)))
+            else:
+                setattr(self, name, mine + theirs)
+
+    def as_dict(self) -> dict[str, object]:
+        """For a reply: vLLM's ``metrics.speculative_decoding``, then what it does not have."""
+        return {
+            "mean_acceptance_length": self.mean_acceptance_length,
+            "draft_acceptance_rate": self.draft_acceptance_rate,
+            "acceptance_histogram": self.acceptance_histogram,
+            "num_spec_steps": self.num_spec_steps,
+            "num_accepted_draft_tokens": self.num_accepted_tokens,
+            "num_draft_tokens": self.num_draft_tokens,
+            "num_drafts": self.num_drafts,
+            "acceptance_rate_per_pos": self.acceptance_rate_per_pos,
+            "num_output_tokens": self.num_output_tokens,
+            "target_steps": self.target_steps,
+            "target_rows": self.target_rows,
+            "target_seconds": self.target_seconds,
+            "draft_steps": self.draft_steps,
+            "draft_rows": self.draft_rows,
+            "draft_seconds": self.draft_seconds,
+            "accepted_by_drafter": dict(self.accepted_by_drafter),
+            "reroot_hits": self.reroot_hits,
+            "reroot_misses": self.reroot_misses,
+        }
+
+
+def _added(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    return [a + b for a, b in zip_longest(left, right, fillvalue=0)]
