@@ -78,7 +78,7 @@ class LLM:
         )
         self._seeds = np.random.default_rng(seed)
         shape = TreeShape() if config is None else config.shape
-        drafting = None if config is None else self._make_drafting(config, dtype, kind)
+        drafting = None if config is None else self._make_drafting(config, dtype)
         self.engine = TargetEngine(
             TargetModel(
                 runner=ModelRunner(self.model.decoder, max_nodes=shape.num_speculative_tokens),
@@ -192,7 +192,7 @@ class LLM:
     def _detokenizer(self, request: Request) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(self.model.tokenizer, request.params.skip_special_tokens)
 
-    def _make_drafting(self, config: SpeculativeConfig, dtype: str, numerics: Numerics) -> DraftEngine:
+    def _make_drafting(self, config: SpeculativeConfig, dtype: str) -> DraftEngine:
         if config.method == "ngram":
             return NgramEngine(
                 prompt_lookup_min=config.prompt_lookup_min,

@@ -20,28 +20,44 @@ import torch
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9
 _MULTIPLIER_2 = 0x94D049BB133111EB
 _GOLDEN = 0x9E3779B97F4A7C15
-_TO_BASE = 0xD1B54A32D192ED03
-_TO_GAMMA = 0x8CB92BA72F3D8DD7
+_BRANCHES = np.array([[0xD1B54A32D192ED03], [0x8CB92BA72F3D8DD7]], np.uint64)
+"""``[2, 1]``: tell base and gamma apart."""
+
+_BLOCK = 2**17
+"""Tokens worked on at once on a CPU, so that the scratch stays in its caches."""
 
 IntLike = int | npt.NDArray[np.int64] | npt.NDArray[np.uint64]
 
 
-def stream_keys(seeds: IntLike, positions: IntLike, choices: IntLike) -> npt.NDArray[np.int64]:
+def request_states(seeds: IntLike, choices: IntLike) -> npt.NDArray[np.uint64]:
+    """What all positions of a request share, to be computed once.
+
+    seeds: any of the 2**64 values; int64 is read modulo 2**64.
+    choices: which of a request's ``n`` choices.
+
+    Returns:
+        uint64, of the arguments' common shape, at least ``[1]``.
+    """
+    return _absorb(_absorb(np.full(1, _GOLDEN, np.uint64), seeds), choices)
+
+
+def position_keys(states: npt.NDArray[np.uint64], positions: IntLike) -> npt.NDArray[np.int64]:
     """The keys of one noise stream per row.
 
-    seeds: ``[R]`` or one for all, any of the 2**64 values; int64 is read modulo 2**64.
+    states: uint64 ``[R]`` or ``[1]``, of ``request_states``.
     positions: ``[R]``, index in the whole sequence of the token to choose.
-    choices: ``[R]`` or one for all, which of a request's ``n`` choices.
 
     Returns:
         int64 ``[2, R]``: the bases and the (odd) gammas that ``exponential_noise`` takes.
     """
-    state = np.full(1, _GOLDEN, np.uint64)
-    for word in (seeds, choices, positions):
-        state = _absorb(state, word)
-    keys = np.stack([_finalise(state ^ np.uint64(_TO_BASE)), _finalise(state ^ np.uint64(_TO_GAMMA))])
+    keys = _finalise(_absorb(states, positions) ^ _BRANCHES)
     keys[1] |= np.uint64(1)
     return keys.view(np.int64)
+
+
+def stream_keys(seeds: IntLike, positions: IntLike, choices: IntLike) -> npt.NDArray[np.int64]:
+    """``position_keys`` from scratch, int64 ``[2, R]``; each argument is ``[R]`` or one for all."""
+    return position_keys(request_states(seeds, choices), positions)
 
 
 def exponential_noise(base: torch.Tensor, gamma: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -54,19 +70,14 @@ def exponential_noise(base: torch.Tensor, gamma: torch.Tensor, vocab_size: int) 
         of one of 2**32 equal intervals. Computed in float64 and then rounded, so that the
         last ulp of a library's logarithm does not show.
     """
-    # The counter: int64 multiplication wraps around, as the stream wants.
-    z = torch.arange(vocab_size, device=base.device) * gamma[:, None]
-    z += base[:, None]
-    # An arithmetic shift and a mask make a logical shift.
-    z ^= (z >> 30) & (2**34 - 1)
-    z *= _signed(_MULTIPLIER_1)
-    z ^= (z >> 27) & (2**37 - 1)
-    z *= _signed(_MULTIPLIER_2)
-    # SplitMix64's last xor-shift, by 31, would touch but one of the top 32 bits. They are
-    # read as a signed number, which is the unsigned one less 2**31 with its top bit flipped.
-    z >>= 32
-    minus_u = z.to(torch.float64).mul_(-(2.0**-32)).sub_(0.5 + 2.0**-33)
-    return minus_u.log1p_().to(torch.float32).neg_()
+    rows = len(base)
+    noise = torch.empty(rows, vocab_size, device=base.device)
+    step = max(1, _BLOCK // vocab_size) if base.device.type == "cpu" else max(1, rows)
+    for start in range(0, rows, step):
+        block = slice(start, start + step)
+        # Rounds to float32.
+        noise[block] = _minus_exponentials(base[block], gamma[block], vocab_size)
+    return noise.neg_()
 
 
 def exponential_race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -80,6 +91,22 @@ def exponential_race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         probability 0 never wins against another; a NaN wins always, so the caller sees it.
     """
     return torch.div(noise, probs).argmin(dim=-1)
+
+
+def _minus_exponentials(base: torch.Tensor, gamma: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """float64 ``[R, V]``: ``log1p(-u)``."""
+    # The counter: int64 multiplication wraps around, as the stream wants.
+    z = torch.arange(vocab_size, device=base.device) * gamma[:, None]
+    z += base[:, None]
+    # An arithmetic shift and a mask make a logical shift.
+    z ^= (z >> 30) & (2**34 - 1)
+    z *= _signed(_MULTIPLIER_1)
+    z ^= (z >> 27) & (2**37 - 1)
+    z *= _signed(_MULTIPLIER_2)
+    # SplitMix64's last xor-shift, by 31, would touch but one of the top 32 bits. They are
+    # read as a signed number, which is the unsigned one less 2**31 with its top bit flipped.
+    z >>= 32
+    return z.to(torch.float64).mul_(-(2.0**-32)).sub_(0.5 + 2.0**-33).log1p_()
 
 
 def _absorb(state: npt.NDArray[np.uint64], word: IntLike) -> npt.NDArray[np.uint64]:

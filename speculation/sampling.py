@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from outrider.kernels.gumbel import exponential_noise, exponential_race, stream_keys
+from outrider.kernels.gumbel import exponential_noise, exponential_race, position_keys, request_states
 from outrider.speculation.errors import InvalidRequestError, ModelError
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.tree import DraftTree
@@ -147,8 +147,7 @@ class TokenChooser:
                 f"seed must be set at temperature {params.temperature}, not {params.seed!r}"
             )
         self._greedy = params.is_greedy
-        self._seed = params.seed or 0
-        self._choice = choice
+        self._state = request_states(params.seed or 0, choice)
 
     def choose(self, logits: torch.Tensor, positions: IntArray) -> IntArray:
         """The target's own token of every row, int64 ``[R]``; of equals the lowest id.
@@ -187,7 +186,7 @@ class TokenChooser:
         return probs if self._greedy else probs.div_(self._noise(logits, positions))
 
     def _noise(self, logits: torch.Tensor, positions: IntArray) -> torch.Tensor:
-        keys = torch.from_numpy(stream_keys(self._seed, positions, self._choice)).to(logits.device)
+        keys = torch.from_numpy(position_keys(self._state, positions)).to(logits.device)
         return exponential_noise(keys[0], keys[1], logits.shape[1])
 
 

@@ -6,9 +6,10 @@ stays NaN, so that whoever chooses from the row notices.
 
 import math
 
+import numpy as np
 import torch
 
-_NUCLEUS_GUESS = 128
+_NUCLEUS_GUESS = 64
 """Tokens that top_p looks at before it sorts the whole vocabulary."""
 
 
@@ -37,7 +38,7 @@ def keep_top(logits: torch.Tensor, top_k: int, top_p: float) -> None:
     sizes, short = _nucleus(values, top_p, total)
     cut = values.gather(1, sizes - 1)
     if short is not None and bool(short.any()):
-        sorted_rows = logits[short].sort(dim=1, descending=True).values
+        sorted_rows = _descending(logits[short])
         sizes[short], _ = _nucleus(sorted_rows, top_p, None)
         cut[short] = sorted_rows.gather(1, sizes[short] - 1)
     _keep_largest(logits, cut, sizes)
@@ -60,6 +61,14 @@ def _nucleus(
     sizes = (mass < wanted).sum(dim=1, keepdim=True) + 1
     short = None if total is None else (sizes > values.shape[1])[:, 0]
     return sizes.clamp(max=values.shape[1]), short
+
+
+def _descending(rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` without NaN, sorted."""
+    if rows.device.type == "cpu":
+        # Torch sorts indices along, and takes thirty times as long.
+        return torch.from_numpy(np.sort(rows.numpy(), axis=1)).flip(1)
+    return rows.sort(dim=1, descending=True).values
 
 
 def _mass(values: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from outrider.speculation.living_tree import DROPPED, SMALLEST_SCORE, LivingTree
 from outrider.speculation.tree import MAX_TREE_DEPTH, ROOT, Law
@@ -12,8 +12,8 @@ from outrider.speculation.tree import MAX_TREE_DEPTH, ROOT, Law
 Path = tuple[int, ...]
 
 # Few values, many of them halves, so that exact ties between unrelated nodes are common.
-SCORES = st.sampled_from([0.0, 0.25, 0.3, 0.5, 0.5, 1.0, 1.0])
-TOKENS = st.integers(0, 3)
+SCORES = [0.0, 0.25, 0.3, 0.5, 0.5, 0.5, 1.0, 1.0]
+SEEDS = st.integers(0, 2**32 - 1)
 
 
 class PathModel:
@@ -76,12 +76,16 @@ class LivingTreeMachine(RuleBasedStateMachine):
         self.model = PathModel(capacity)
 
     def members(self) -> list[Path]:
-        return sorted(self.model.slots)
+        return sorted(self.model.slots, key=lambda path: self.model.ages.get(path, -1))
 
-    @rule(data=st.data())
-    def add(self, data: st.DataObject) -> None:
-        child = st.tuples(st.sampled_from(self.members()), TOKENS, SCORES)
-        children = data.draw(st.lists(child, max_size=9))
+    @rule(seed=SEEDS)
+    def add(self, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        size = int(rng.integers(10))
+        members = self.members()
+        # Squared, so that young (mostly deep) nodes get more children.
+        picks = [members[int((1 - rng.random() ** 2) * len(members) * 0.999)] for _ in range(size)]
+        children = [(pick, int(rng.integers(4)), float(rng.choice(SCORES))) for pick in picks]
         parents = [self.model.slots[parent] for parent, _, _ in children]
         slots = self.tree.add(parents, [token for _, token, _ in children], [s for _, _, s in children])
         for path, slot in zip(self.model.add(children), slots.tolist(), strict=True):
@@ -112,10 +116,12 @@ class LivingTreeMachine(RuleBasedStateMachine):
             paths.append((*paths[parent], token) if parent >= 0 else (token,))
         assert paths == best
 
-    @rule(data=st.data())
-    def reroot(self, data: st.DataObject) -> None:
-        foreseen = data.draw(st.sampled_from(self.members()))
-        tokens = foreseen + tuple(data.draw(st.lists(TOKENS, max_size=2)))
+    @rule(seed=SEEDS, strangers=st.sampled_from([0, 0, 0, 1, 2]))
+    def reroot(self, seed: int, strangers: int) -> None:
+        rng = np.random.default_rng(seed)
+        members = self.members()
+        foreseen = members[int(rng.integers(len(members)))]
+        tokens = (*foreseen[: int(rng.integers(1, 4))], *rng.integers(0, 4, strangers).tolist())
         before = dict(self.model.slots)
         found, survived = self.model.reroot(tokens)
         outcome = self.tree.reroot(tokens)
@@ -124,6 +130,7 @@ class LivingTreeMachine(RuleBasedStateMachine):
         assert outcome.survived is survived
         assert outcome.kept_slots.tolist() == sorted(set(self.model.slots.values()) - {ROOT})
 
+    @precondition(lambda self: len(self.model.scores) > 8)
     @rule()
     def clear(self) -> None:
         self.tree.clear()
@@ -145,6 +152,30 @@ TestLivingTree = LivingTreeMachine.TestCase
 TestLivingTree.settings = settings(
     max_examples=120, stateful_step_count=25, deadline=None, derandomize=True, database=None
 )
+
+
+@pytest.mark.parametrize("capacity", [12, 40, 100])
+def test_long_lives_in_which_trees_get_deep(capacity: int) -> None:
+    """The same rules, weighted so that most trees are deep, full and re-rooted time and again."""
+    rng = np.random.default_rng(capacity)
+    machine = LivingTreeMachine()
+    machine.start(capacity)
+    deepest = survivors = full = 0
+    for _ in range(400):
+        seed = int(rng.integers(2**32))
+        machine.add(seed)
+        machine.add(seed + 1)
+        machine.grow_frontier(seed % 5, seed % 2 == 0)
+        machine.select(seed % 60, float(rng.choice([0.0, 0.0, 0.3])))
+        full += len(machine.tree) == capacity
+        if rng.random() < 0.15:
+            deepest = max(deepest, *map(len, machine.members()))
+            machine.reroot(seed, int(rng.random() < 0.1))
+            survivors += len(machine.tree) > 0
+        machine.same_paths()
+    assert survivors > 10
+    assert deepest > 4
+    assert full > 20
 
 
 def chain(tree: LivingTree, length: int) -> list[int]:

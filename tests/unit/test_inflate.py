@@ -43,6 +43,8 @@ def test_same_logits_through_more_blocks(
     assert len(executed) == 2 * 5
     assert all(output.count_nonzero() > 0.9 * output.numel() for output in executed)
     assert (config.num_layers, config.dtype) == (5, dtype)
+    saved = load_file(tmp_path / "deep" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {getattr(torch, dtype)}
 
 
 def test_appended_blocks_are_random_inside_and_write_nothing(make_model_folder: Any, tmp_path: Path) -> None:

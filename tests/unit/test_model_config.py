@@ -166,6 +166,8 @@ def test_yarn_of_qwen(tmp_path: Path) -> None:
     )
     del scaling["factor"]
     assert load(tmp_path, QWEN2, rope_scaling=scaling).rope.factor == 32768 / 8192
+    beside = load(tmp_path, QWEN2, rope_scaling=scaling, original_max_position_embeddings=4096).rope
+    assert beside.original_max_position_embeddings == 4096, "the top level wins, as in transformers"
 
 
 def test_rope_defaults_of_the_first_llama(tmp_path: Path) -> None:
@@ -247,6 +249,7 @@ def test_unsupported_models_are_refused_by_name(
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive number, not 0"),
         ({"intermediate_size": -3}, "intermediate_size must be a positive number, not -3"),
         ({"hidden_size": "2048"}, "hidden_size must be a positive number, not '2048'"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be a positive number, not True"),
         ({"vocab_size": 3.5}, "vocab_size must be a whole number, not 3.5"),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, not 0"),
         ({"num_key_value_heads": 5}, "num_attention_heads 32 is not a multiple of num_key_value_heads 5"),

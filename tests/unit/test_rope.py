@@ -28,11 +28,13 @@ SCALED = {
         "factor": 40.0, CONTEXT: 4096, "mscale": 1.0, "mscale_all_dim": 0.5,
     },
     "yarn, short context": {"factor": 2.0, CONTEXT: 8},
+    "yarn, no ramp": {"factor": 2.0, CONTEXT: 6},
+    "yarn, ramp beyond the last pair": {"factor": 2.0, CONTEXT: 1000},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("head_dim", [8, 64, 128])
-@pytest.mark.parametrize("theta", [10_000.0, 1_000_000.0])
+@pytest.mark.parametrize("theta", [10.0, 10_000.0, 1_000_000.0])
 @pytest.mark.parametrize("case", SCALED)
 def test_scaled_frequencies_equal_transformers(case: str, theta: float, head_dim: int) -> None:
     rope_type, scaling = case.split(",")[0], SCALED[case]

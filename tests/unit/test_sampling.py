@@ -149,6 +149,9 @@ def test_a_row_equals_plain_decoding_bit_for_bit(
     rows = processor(params, prompt, commits, vocab_size).process(logits, tree)
     length = len(prompt) + sum(map(len, commits))
     chosen = TokenChooser(params).choose(rows, row_positions(length, tree))
+    some = np.arange(0, len(rows), 2)
+    part = processor(params, prompt, commits, vocab_size).process(logits[::2], tree, some)
+    assert torch.equal(part, rows[::2])
     for row, path in enumerate(paths(tree)):
         plain = processor(params, prompt, [*commits, *([token] for token in path)], vocab_size)
         alone = plain.process(logits[row : row + 1], DraftTree.empty())
@@ -241,6 +244,15 @@ def test_top_p_beyond_the_first_guess_is_a_matter_of_each_row() -> None:
     keep_top(rows, 0, 0.6)
     assert rows.isfinite().sum(dim=1).tolist() == [600, 2, 600]
     assert rows[0, :600].isfinite().all()
+
+
+def test_top_p_cuts_the_tail_of_a_row_it_had_to_sort() -> None:
+    rows = torch.log(1 + torch.arange(600.0)).expand(3, 600).clone()
+    keep_top(rows, 0, 0.7)
+    mass, kept = torch.arange(600, 0, -1).cumsum(0), rows.isfinite()
+    size = int((mass < 0.7 * mass[-1]).sum()) + 1
+    assert kept[0].nonzero()[:, 0].tolist() == list(range(600 - size, 600))
+    assert bool((kept == kept[0]).all())
 
 
 def test_min_p_of_one_keeps_the_ties_at_the_top() -> None:

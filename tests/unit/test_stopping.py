@@ -133,9 +133,9 @@ def test_text_behind_the_stop_string_is_cut(include: bool, text: str) -> None:
 
 
 def test_of_several_stop_strings_the_one_that_ends_first_counts() -> None:
-    request = checker(stop=["ENDy", "ND", "xEND"])
-    assert request.push([7]) == stopped(1, "xEND")
-    assert request.text == ""
+    request = checker(stop=["xENDy", "END", "ND"])
+    assert request.push([7]) == stopped(1, "END")
+    assert request.text == "x"
 
 
 def test_the_rest_of_the_text_is_searched_at_the_end() -> None:
@@ -159,6 +159,12 @@ def test_streamed_text_waits_while_it_could_begin_a_stop_string() -> None:
     request.push([6])
     assert request.take_text() == ""
     assert request.text == "cab"
+
+
+def test_a_stop_string_that_min_tokens_shielded_is_not_held_back() -> None:
+    request = checker(min_tokens=5, stop=["ab", "cccc"])
+    request.push([3])
+    assert request.take_text() == "ab"
 
 
 def test_all_text_is_released_at_the_end() -> None:

@@ -1,0 +1,93 @@
+"""What all commands share in reading their arguments: strict flags, and errors of one line."""
+
+import argparse
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from outrider.speculation.errors import InvalidConfigError
+
+Commands = argparse._SubParsersAction["Parser"]
+"""Where a command's module registers its parser."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are exceptions of ours."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises InvalidConfigError in place of printing the usage and exiting."""
+        message = message.removeprefix("argument ")
+        flag, _, problem = message.partition(": ")
+        if problem == "expected one argument" and flag.startswith("-"):
+            long = flag.split("/")[-1]
+            message = f"{flag} needs a value (if it begins with '-', write {long}=VALUE)"
+        raise InvalidConfigError(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, but nothing may be left over, so each command names its own flags."""
+        known, strange = super().parse_known_args(args, namespace)
+        if strange:
+            self._refuse(strange)
+        return known, strange
+
+    @property
+    def flags(self) -> list[str]:
+        """Every spelling of every flag."""
+        return list(self._option_string_actions)
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        # allow_abbrev covers only flags with two dashes: "-s" would still be taken for "-sc".
+        return []
+
+    def _refuse(self, strange: Sequence[str]) -> NoReturn:
+        flag = next((each for each in strange if each.startswith("-")), None)
+        if flag is None:
+            raise InvalidConfigError(f"unexpected argument {strange[0]!r}; see {self.prog} --help")
+        name = flag.partition("=")[0]
+        raise InvalidConfigError(f"unknown flag {name!r}; did you mean {nearest(name, self.flags)!r}?")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that looks most like this one."""
+    return difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
+
+
+def in_flags(message: str, arguments: argparse.Namespace) -> str:
+    """An error about a parameter, in terms of the flag that set it: ``--top-p must be …``."""
+    name, verb, rest = message.partition(" must ")
+    if not verb or getattr(arguments, name, None) is None:
+        return message
+    return f"--{name.replace('_', '-')} must {rest}"
+
+
+def integer(text: str) -> int:
+    """For ``type=``."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, not {text!r}") from None
+
+
+def real(text: str) -> float:
+    """For ``type=``."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """For ``type=``."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object such as '{{\"key\": 1}}', not {text!r}")
+    return value

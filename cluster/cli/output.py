@@ -1,0 +1,142 @@
+"""How results are written: text as it comes, text when it is done, or JSON lines.
+
+Results go to standard output and everything else to standard error. What is drawn there is
+drawn only on a terminal.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.text import Text
+
+from outrider.speculation.request import Completion
+from outrider.speculation.statistics import SpeculationStatistics
+
+SHOW_AFTER_S = 1.0
+"""A bar for less than this would only flicker."""
+
+
+class Output:
+    """Writes the choices of several prompts, one after the other.
+
+    total: how many choices will come. as_json: one object per line.
+    stream: whether text appears as it comes. That, and the line of figures, is for people.
+    """
+
+    def __init__(self, *, total: int, as_json: bool, one_choice: bool) -> None:
+        on_terminal = sys.stdout is not None and sys.stdout.isatty()
+        self.stream = on_terminal and one_choice and not as_json
+        self._as_json, self._figures = as_json, on_terminal and not as_json
+        self._labels = total > 1 and not as_json
+        self._bar = _Bar(total)
+
+    def begin(self, prompt_number: int, choice: int) -> None:
+        """Tells results apart where there are several."""
+        if self._labels and self.stream:
+            _label(prompt_number, choice)
+
+    def piece(self, text: str, share: float) -> None:
+        """What a step added; share: of the choice's longest length, so far."""
+        if self.stream:
+            print(text, end="", flush=True)
+        else:
+            self._bar.show(share)
+
+    def end(self, prompt_number: int, prompt: str, seed: int | None, done: Completion, seconds: float) -> None:
+        """Writes, or completes, one result."""
+        with self._bar.paused():
+            if self._as_json:
+                print(json.dumps(_row(prompt, seed, done), ensure_ascii=False), flush=True)
+                return
+            if self._labels and not self.stream:
+                _label(prompt_number, done.index)
+            print("" if self.stream else done.text, flush=True)
+            if self._figures:
+                console = Console(stderr=True)
+                console.print(Text(figures(done.stats, seconds), style="dim"), soft_wrap=True)
+
+    def close(self) -> None:
+        """Clears what was only drawn."""
+        self._bar.close()
+
+
+class _Bar:
+    """Progress over choices, on standard error, once it has lasted."""
+
+    def __init__(self, total: int) -> None:
+        console = Console(stderr=True)
+        self._wanted = sys.stderr is not None and sys.stderr.isatty() and console.is_interactive
+        self._began = time.monotonic()
+        columns = (TextColumn("generating"), BarColumn(), TaskProgressColumn())
+        # Redirection, rich's default, would send results from standard output to standard error.
+        self._progress = Progress(
+            *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+        )
+        self._task = self._progress.add_task("", total=total)
+        self._done = 0
+
+    def show(self, share: float) -> None:
+        if self._wanted and time.monotonic() - self._began > SHOW_AFTER_S:
+            self._progress.start()
+            self._progress.update(self._task, completed=self._done + share)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the screen to a result; the next ``show`` draws the bar again."""
+        self.close()
+        self._done += 1
+        yield
+
+    def close(self) -> None:
+        if self._wanted:
+            self._progress.stop()
+
+
+@contextmanager
+def notice(text: str) -> Iterator[None]:
+    """A line on a terminal while something takes its time.
+
+    Nothing moves in it: downloads draw bars of their own meanwhile.
+    """
+    shown = sys.stderr is not None and sys.stderr.isatty()
+    if shown:
+        print(text, end="\r", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print(" " * len(text), end="\r", file=sys.stderr, flush=True)
+
+
+def figures(stats: SpeculationStatistics, seconds: float) -> str:
+    """One line on what a result cost; seconds: from its prompt to its last token."""
+    tokens = stats.num_output_tokens
+    line = f"{tokens} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s"
+    if not stats.num_spec_steps:
+        return f"{line}; no speculation"
+    return (
+        f"{line}; mean acceptance length {stats.mean_acceptance_length:.2f}, "
+        f"acceptance rate {stats.draft_acceptance_rate:.0%}"
+    )
+
+
+def _label(prompt_number: int, choice: int) -> None:
+    print(f"== prompt {prompt_number}, choice {choice} ==", file=sys.stderr, flush=True)
+
+
+def _row(prompt: str, seed: int | None, done: Completion) -> dict[str, object]:
+    return {
+        "prompt": prompt,
+        "index": done.index,
+        "text": done.text,
+        "token_ids": done.token_ids,
+        "finish_reason": done.finish_reason,
+        "stop_reason": done.stop_reason,
+        "seed": seed,
+        "stats": done.stats.as_dict(),
+    }

@@ -1,0 +1,82 @@
+"""Small ways to run a decoder in tests."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from outrider.actors.model_runner import ModelRunner
+from outrider.models.batch import prefill_rows
+from outrider.models.config import load_config
+from outrider.models.decoder import Decoder
+from outrider.models.kv_cache import KVSequence
+from outrider.models.numerics import Numerics
+from outrider.models.weights import Checkpoint
+from outrider.speculation.tree import DraftTree, Law
+
+MAX_NODES = 63
+
+
+def make_runner(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    numerics: Numerics = Numerics.CANONICAL,
+    *,
+    num_sequences: int = 1,
+) -> ModelRunner:
+    config = load_config(folder)
+    decoder = Decoder(
+        config,
+        Checkpoint(folder),
+        dtype=dtype,
+        numerics=numerics,
+        max_model_len=config.max_position_embeddings,
+    )
+    return ModelRunner(decoder, max_nodes=MAX_NODES, num_sequences=num_sequences)
+
+
+def random_ids(count: int, vocab: int = 300, seed: int = 0) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, vocab, count)
+
+
+def chunked_logits(
+    runner: ModelRunner, ids: npt.NDArray[np.int64], chunks: Sequence[int]
+) -> tuple[torch.Tensor, KVSequence]:
+    """Logits after every token when the text comes in chunks of these sizes, and the sequence."""
+    assert sum(chunks) == len(ids)
+    sequence = runner.open(runner.max_model_len)
+    parts, start = [], 0
+    for size in chunks:
+        rows = prefill_rows(sequence, ids[start : start + size])
+        parts.append(runner.forward(sequence, rows, first_logit_row=0))
+        sequence.length += size
+        start += size
+    return torch.cat(parts), sequence
+
+
+def bushy_tree(path: npt.NDArray[np.int64], junk: int, vocab: int = 300) -> tuple[DraftTree, list[int]]:
+    """A tree with ``path`` in it and ``junk`` wrong siblings before every node of it.
+
+    Returns the tree and the node indices of the path.
+    """
+    tokens: list[int] = []
+    parents: list[int] = []
+    nodes: list[int] = []
+    above = -1
+    for depth, token in enumerate(path.tolist()):
+        for offset in range(1, junk + 1):
+            tokens.append((token + offset + depth) % vocab)
+            parents.append(above)
+        tokens.append(token)
+        parents.append(above)
+        above = len(tokens) - 1
+        nodes.append(above)
+    tree = DraftTree(
+        tokens=np.array(tokens),
+        parent_indices=np.array(parents),
+        scores=np.ones(len(tokens)),
+        law=Law.DETERMINISTIC,
+    )
+    return tree, nodes

@@ -1,0 +1,60 @@
+"""The rooms and who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MAY_IMPORT = {
+    "kernels": set(),
+    "protos": set(),
+    "speculation": {"kernels"},
+    "models": {"kernels", "speculation"},
+    "actors": {"kernels", "models", "protos", "speculation"},
+    "cluster": {"actors", "kernels", "models", "speculation"},
+}
+ONLY_IN = {"ray": {"cluster"}, "grpc": {"actors"}}
+"""Libraries that stay behind thin wrappers, and the rooms that hold them."""
+
+
+def modules() -> list[Path]:
+    return [path for room in MAY_IMPORT for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imported_names(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_order_of_the_rooms(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    for name in imported_names(path):
+        top, *rest = name.split(".")
+        assert room in ONLY_IN.get(top, {room}), f"{path} imports {name}"
+        assert top not in MAY_IMPORT, f"{path} imports {name}: write outrider.{name}"
+        if top == "outrider":
+            assert rest, f"{path} imports the package itself"
+            assert rest[0] in MAY_IMPORT[room] | {room}, f"{path} imports {name}"
+
+
+def test_there_is_something_to_check() -> None:
+    rooms = {path.relative_to(ROOT).parts[0] for path in modules()}
+    assert {"kernels", "speculation", "models", "actors", "cluster"} <= rooms
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_is_linked_and_is_no_package_of_its_own(room: str) -> None:
+    # With an __init__.py, `import kernels` from the repository root would shadow other packages.
+    assert not (ROOT / room / "__init__.py").exists()
+    if (ROOT / room).exists():
+        link = ROOT / "src" / "outrider" / room
+        assert link.is_symlink()
+        assert link.resolve() == ROOT / room
