@@ -13,8 +13,8 @@ DEFAULT_SECONDS = 0.05
 DEFAULT_SLOPE = 0.025
 """Assumed cost of one more row in one-row steps: bf16 on CPU, 16 rows for 1.38 (design §5)."""
 
-FORGETTING = 0.05
-"""Weight of a new observation once a row count has been seen 1 / FORGETTING times."""
+MEMORY = 20
+"""Observations of a row count over which it averages; from then on a new one weighs 1 / MEMORY."""
 
 MAX_SURPRISE = math.log(4.0)
 """A step that took longer counts as four times the estimate: stalls are not the model's cost."""
@@ -41,7 +41,7 @@ class StepCostModel:
         if self._prior is not None:
             _require_curve(self._prior)
         self._means: dict[int, tuple[float, int]] = {}
-        """Row count to (log seconds, observations up to 1 / FORGETTING)."""
+        """Row count to (log seconds, observations up to MEMORY)."""
 
     def observe(self, rows: int, seconds: float) -> None:
         """Takes one measured step into account, O(1).
@@ -53,9 +53,8 @@ class StepCostModel:
             raise ValueError(f"a step of {rows} rows cannot take {seconds} seconds")
         log_seconds = math.log(seconds)
         mean, count = self._means.get(rows, (log_seconds, 0))
-        weight = max(1.0 / (count + 1), FORGETTING)
-        mean += weight * min(log_seconds - mean, MAX_SURPRISE)
-        self._means[rows] = mean, min(count + 1, round(1.0 / FORGETTING))
+        count = min(count + 1, MEMORY)
+        self._means[rows] = mean + min(log_seconds - mean, MAX_SURPRISE) / count, count
 
     def curve(self, max_rows: int) -> FloatArray:
         """Seconds of a step with 1, 2, ... ``max_rows`` rows, never decreasing.

@@ -4,11 +4,11 @@ import argparse
 import difflib
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from outrider.speculation.errors import InvalidConfigError
 
-Commands = argparse._SubParsersAction["Parser"]
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 """Where a command's module registers its parser."""
 
 
@@ -16,18 +16,11 @@ class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are exceptions of ours."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings
-        )
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Raises InvalidConfigError in place of printing the usage and exiting."""
-        message = message.removeprefix("argument ")
-        flag, _, problem = message.partition(": ")
-        if problem == "expected one argument" and flag.startswith("-"):
-            long = flag.split("/")[-1]
-            message = f"{flag} needs a value (if it begins with '-', write {long}=VALUE)"
-        raise InvalidConfigError(message)
+        raise InvalidConfigError(_readable(message))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse, but nothing may be left over, so each command names its own flags."""
@@ -41,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         """Every spelling of every flag."""
         return list(self._option_string_actions)
 
-    def _get_option_tuples(self, option_string: str) -> list[Any]:
+    def _get_option_tuples(self, option_string: str) -> list[Any]:  # noqa: ARG002
         # allow_abbrev covers only flags with two dashes: "-s" would still be taken for "-sc".
         return []
 
@@ -51,6 +44,16 @@ class Parser(argparse.ArgumentParser):
             raise InvalidConfigError(f"unexpected argument {strange[0]!r}; see {self.prog} --help")
         name = flag.partition("=")[0]
         raise InvalidConfigError(f"unknown flag {name!r}; did you mean {nearest(name, self.flags)!r}?")
+
+
+def _readable(message: str) -> str:
+    """argparse's message as a sentence about the flag."""
+    flag, colon, problem = message.removeprefix("argument ").partition(": ")
+    if not colon or not flag.startswith("-"):
+        return message
+    if problem == "expected one argument":
+        return f"{flag} needs a value (if it begins with '-', write {flag.split('/')[-1]}=VALUE)"
+    return f"{flag} {problem.replace('not allowed with argument', 'cannot be given together with')}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -87,7 +90,7 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+        raise argparse.ArgumentTypeError(f"must be JSON, and {text!r} is not: {error}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object such as '{{\"key\": 1}}', not {text!r}")
     return value

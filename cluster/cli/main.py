@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 import outrider
 from outrider.cluster.cli import generate
@@ -79,8 +80,8 @@ def _guarded(words: list[str]) -> int:
 
 
 def _run(words: list[str]) -> int:
-    parser = _parser()
-    _check_start(parser, words)
+    parser, commands = _parsers()
+    _check_start(words, parser, commands)
     arguments = parser.parse_args(words)
     try:
         code: int = arguments.run(arguments)
@@ -90,29 +91,35 @@ def _run(words: list[str]) -> int:
     return code
 
 
-def _parser() -> Parser:
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The whole line's parser, and each command's by its name."""
     parser = Parser(prog="outrider", description=outrider.__doc__, epilog=EXAMPLE)
     parser.add_argument("--version", action="version", version=f"outrider {outrider.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.register(commands)
-    return parser
+    return parser, dict(commands.choices)
 
 
-def _check_start(parser: Parser, words: list[str]) -> None:
-    """Refuses an unknown flag before the command, whose value argparse would take for a command."""
-    names = [command.NAME for command in COMMANDS]
+def _check_start(words: list[str], parser: Parser, commands: dict[str, Parser]) -> None:
+    """Checks what stands before the command: argparse would take an unknown flag's value for one."""
     for word in words:
-        if not word.startswith("-"):
-            if word not in names:
-                raise InvalidConfigError(f"unknown command {word!r}; did you mean {nearest(word, names)!r}?")
+        if word in commands or word in ("-h", "--help", "--version"):
             return
+        if not word.startswith("-"):
+            raise InvalidConfigError(f"unknown command {word!r}; did you mean {nearest(word, commands)!r}?")
         if word not in parser.flags:
-            raise InvalidConfigError(
-                f"unknown flag {word!r} before the command; did you mean {nearest(word, parser.flags)!r}? "
-                f"A command's own flags stand after it: outrider {names[0]} {word}"
-            )
+            _refuse_early_flag(word.partition("=")[0], parser, commands)
+    raise InvalidConfigError(f"a command is missing: {', '.join(commands)}; see outrider --help")
+
+
+def _refuse_early_flag(flag: str, parser: Parser, commands: dict[str, Parser]) -> NoReturn:
+    for name, command in commands.items():
+        if flag in command.flags:
+            raise InvalidConfigError(f"{flag} belongs after its command: outrider {name} {flag}")
+    known = {*parser.flags, *(each for command in commands.values() for each in command.flags)}
+    raise InvalidConfigError(f"unknown flag {flag!r}; did you mean {nearest(flag, known)!r}?")
 
 
 def _report(message: str, words: list[str]) -> None:

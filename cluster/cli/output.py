@@ -20,6 +20,10 @@ from outrider.speculation.statistics import SpeculationStatistics
 SHOW_AFTER_S = 1.0
 """A bar for less than this would only flicker."""
 
+_VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n\r"}
+_VISIBLE |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
+"""A terminal obeys control characters, and a text may hold any."""
+
 
 class Output:
     """Writes the choices of several prompts, one after the other.
@@ -29,9 +33,9 @@ class Output:
     """
 
     def __init__(self, *, total: int, as_json: bool, one_choice: bool) -> None:
-        on_terminal = sys.stdout is not None and sys.stdout.isatty()
-        self.stream = on_terminal and one_choice and not as_json
-        self._as_json, self._figures = as_json, on_terminal and not as_json
+        self._on_terminal = sys.stdout is not None and sys.stdout.isatty()
+        self.stream = self._on_terminal and one_choice and not as_json
+        self._as_json = as_json
         self._labels = total > 1 and not as_json
         self._bar = _Bar(total)
 
@@ -43,11 +47,13 @@ class Output:
     def piece(self, text: str, share: float) -> None:
         """What a step added; share: of the choice's longest length, so far."""
         if self.stream:
-            print(text, end="", flush=True)
+            print(text.translate(_VISIBLE), end="", flush=True)
         else:
             self._bar.show(share)
 
-    def end(self, prompt_number: int, prompt: str, seed: int | None, done: Completion, seconds: float) -> None:
+    def end(
+        self, prompt_number: int, prompt: str, seed: int | None, done: Completion, seconds: float
+    ) -> None:
         """Writes, or completes, one result."""
         with self._bar.paused():
             if self._as_json:
@@ -55,8 +61,9 @@ class Output:
                 return
             if self._labels and not self.stream:
                 _label(prompt_number, done.index)
-            print("" if self.stream else done.text, flush=True)
-            if self._figures:
+            text = "" if self.stream else done.text
+            print(text.translate(_VISIBLE) if self._on_terminal else text, flush=True)
+            if self._on_terminal:
                 console = Console(stderr=True)
                 console.print(Text(figures(done.stats, seconds), style="dim"), soft_wrap=True)
 
@@ -119,6 +126,8 @@ def figures(stats: SpeculationStatistics, seconds: float) -> str:
     line = f"{tokens} tokens in {seconds:.2f} s, {tokens / max(seconds, 1e-9):.1f} tokens/s"
     if not stats.num_spec_steps:
         return f"{line}; no speculation"
+    if not stats.num_drafts:
+        return f"{line}; drafting did not pay"
     return (
         f"{line}; mean acceptance length {stats.mean_acceptance_length:.2f}, "
         f"acceptance rate {stats.draft_acceptance_rate:.0%}"

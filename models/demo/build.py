@@ -229,8 +229,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=10_000_000, help="seen by the target")
-    parser.add_argument("--draft-tokens", type=int, default=10_000_000, help="seen by the draft")
+    parser.add_argument("--tokens", type=int, default=6_000_000, help="seen by the target")
+    parser.add_argument("--draft-tokens", type=int, default=8_000_000, help="seen by the draft")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -43,6 +43,14 @@ def test_the_prior_weighs_what_it_says() -> None:
     assert calibration.correct([0], [0.9]) == pytest.approx([0.9]), "nor has another bucket"
 
 
+def test_the_prior_keeps_its_weight_against_a_short_memory() -> None:
+    calibration = RankCalibration(prior_weight=10.0, memory=10.0)
+    for _ in range(1000):
+        calibration.observe([0], [0.4], [False])
+    offered = 1 / (1 - np.exp(-1 / 10))
+    assert calibration.correct([0], [0.4]) == pytest.approx([0.4 * 10 / (10 + offered)])
+
+
 def test_a_drafter_that_changes_is_forgotten() -> None:
     calibration = RankCalibration(memory=300)
     simulate(calibration, 40_000, seed=1, sharpness=0.1)

@@ -108,8 +108,8 @@ def test_a_text_changed_in_place_by_the_caller_is_noticed() -> None:
     text = np.array([1, 2, 3, 1, 2])
     drafter = NgramDrafter(prompt_lookup_min=2, prompt_lookup_max=2, num_speculative_tokens=1)
     assert drafter.propose(text, 1).tokens.tolist() == [3]
-    text[2] = 7
-    assert drafter.propose(text, 1).tokens.tolist() == [7]
+    text[0] = 7
+    assert drafter.propose(text, 1).tokens.tolist() == [], "the index of the old text would say 3"
 
 
 @pytest.mark.parametrize(("length", "gamma", "calls"), [(50, 3, 8), (100, 3, 12), (50, 5, 10)])

@@ -176,7 +176,7 @@ def test_regular_increments_do_no_harm(gamma: int) -> None:
     assert stats.chisquare(cells.ravel()).pvalue > ALARM
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 16])
+@pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("vocab_size", [1, 7, 4099])
 def test_a_row_is_the_same_in_any_batch(rows: int, vocab_size: int) -> None:
     batch = noise(5, np.arange(rows), 0, vocab_size)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from outrider.speculation.selection import best_budget, best_rate, rates, worth_growing
-from outrider.speculation.step_cost import DEFAULT_SECONDS, DEFAULT_SLOPE, StepCostModel, isotonic
+from outrider.speculation.step_cost import DEFAULT_SECONDS, DEFAULT_SLOPE, MEMORY, StepCostModel, isotonic
 
 
 def test_best_budget_equals_trying_every_number() -> None:
@@ -123,6 +123,24 @@ def test_a_warm_up_outlier_is_soon_forgotten_and_drift_is_followed() -> None:
     for _ in range(120):
         model.observe(4, 0.5)
     assert model.curve(4)[3] == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_stall_counts_as_four_times_the_estimate() -> None:
+    model = StepCostModel()
+    for seconds in [1.0] * 30 + [1000.0]:
+        model.observe(1, seconds)
+    assert model.curve(1) == pytest.approx([4 ** (1 / MEMORY)])
+
+
+def test_two_row_counts_give_the_slope_beyond_them() -> None:
+    model = StepCostModel()
+    model.observe(2, 1.0)
+    model.observe(4, 2.0)
+    assert model.curve(8)[1:] == pytest.approx([1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0])
+    with_prior = StepCostModel([1.0, 1.0, 1.0, 1.0, 3.0])
+    with_prior.observe(2, 1.0)
+    with_prior.observe(4, 2.0)
+    assert with_prior.curve(5) == pytest.approx([1.0, 1.0, 1.5, 2.0, 6.0]), "the prior's shape beyond"
 
 
 def test_isotonic_is_the_best_monotone_fit() -> None:

@@ -1,0 +1,105 @@
+"""How often the target's own token is among the draft's first k choices, on held-out code.
+
+    python benchmarks/acceptance.py [--positions 4000] [--seed 0]
+
+Teacher-forced: at every position of held-out text both models see the true text, the target
+takes its token with the request's noise, and the draft ranks its guesses with the same noise
+(coupled) or without any (uncoupled).
+"""
+
+import argparse
+
+import numpy as np
+import torch
+from common import conditions, finish
+
+from outrider.actors.model_runner import ModelRunner
+from outrider.models.batch import prefill_rows
+from outrider.models.demo import corpus, pair
+from outrider.models.loader import LoadedModel, load_model
+from outrider.models.numerics import MAX_ROWS, Numerics
+from outrider.speculation.sampling import LogitProcessor, TokenChooser
+from outrider.speculation.sampling_params import SamplingParams
+from outrider.speculation.tree import DraftTree
+
+WINDOW = 512
+RANKS = (1, 2, 4, 8)
+TEMPERATURES = (0.0, 0.7, 1.0)
+
+
+def logits_of(model: LoadedModel, ids: np.ndarray) -> torch.Tensor:
+    """Logits ``[len(ids), vocab]`` of a window."""
+    runner = ModelRunner(model.decoder, max_nodes=1)
+    sequence = runner.open(len(ids))
+    parts = []
+    for start in range(0, len(ids), MAX_ROWS):
+        rows = prefill_rows(sequence, ids[start : start + MAX_ROWS])
+        parts.append(runner.forward(sequence, rows, first_logit_row=0))
+        sequence.length += len(rows.tokens)
+    return torch.cat(parts)
+
+
+def windows(model: LoadedModel, positions: int, seed: int) -> list[np.ndarray]:
+    """Windows of held-out text, no two from the same place, spread over all files."""
+    texts = [model.tokenizer.encode(corpus.read_source(path)) for path in corpus.held_out_library_files()]
+    places = [(i, s) for i, text in enumerate(texts) for s in range(0, len(text) - WINDOW, WINDOW)]
+    chosen = np.random.default_rng(seed).permutation(len(places))[: -(-positions // WINDOW)]
+    return [np.array(texts[i][s : s + WINDOW]) for i, s in (places[c] for c in chosen)]
+
+
+@torch.inference_mode()
+def ranks(
+    target: torch.Tensor, draft: torch.Tensor, temperature: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rank of the target's token in the draft's coupled and in its uncoupled order, each ``[positions]``."""
+    params = SamplingParams(temperature=temperature, seed=seed)
+    processor = LogitProcessor(params, np.zeros(1, np.int64), target.shape[1], ())
+    chooser = TokenChooser(params)
+    rows = np.zeros(len(target), np.int64)
+    positions = np.arange(1, len(target) + 1)
+    tokens = chooser.choose(processor.process(target, DraftTree.empty(), rows), positions)
+    processed = processor.process(draft, DraftTree.empty(), rows)
+    coupled = chooser.perturbed(processed, positions)
+    mine = torch.from_numpy(tokens)[:, None]
+    orders = (coupled, processed)
+    return tuple((order > order.gather(1, mine)).sum(1).numpy() for order in orders)  # type: ignore[return-value]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", default=str(pair.TARGET))
+    parser.add_argument("--draft", default=str(pair.DRAFT))
+    parser.add_argument("--positions", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    target, draft = (
+        load_model(name, dtype="auto", numerics=Numerics.FAST, max_model_len=None)
+        for name in (args.target, args.draft)
+    )
+    pairs = [(logits_of(target, w), logits_of(draft, w)) for w in windows(target, args.positions, args.seed)]
+    result: dict[str, object] = {}
+    for temperature in TEMPERATURES:
+        coupled, uncoupled = (
+            np.concatenate(each)
+            for each in zip(
+                *(ranks(t, d, temperature, args.seed + i) for i, (t, d) in enumerate(pairs)), strict=True
+            )
+        )
+        shares = {
+            "coupled": {str(k): round(float((coupled < k).mean()), 4) for k in RANKS},
+            "uncoupled": {str(k): round(float((uncoupled < k).mean()), 4) for k in RANKS},
+        }
+        result[str(temperature)] = shares
+        print(
+            f"T={temperature}: "
+            + "  ".join(f"{name} first {k}: {v:.3f}" for name, s in shares.items() for k, v in s.items())
+        )
+    positions = sum(len(t) for t, _ in pairs)
+    finish({"acceptance": result, "positions": positions, **conditions(dtype=str(target.decoder.dtype))})
+
+
+if __name__ == "__main__":
+    main()

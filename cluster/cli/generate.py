@@ -1,0 +1,222 @@
+"""``outrider generate``: continues texts in this very process."""
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from outrider.cluster.cli.arguments import Commands, Parser, integer, json_object, real
+from outrider.cluster.cli.prompts import read_prompts
+from outrider.speculation.errors import InvalidConfigError, InvalidRequestError
+from outrider.speculation.request import Completion, Request
+from outrider.speculation.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from outrider.cluster.cli.output import Output
+    from outrider.cluster.llm import LLM
+
+NAME = "generate"
+SUMMARY = "continue texts with a target model, helped by a draft model"
+
+DESCRIPTION = """\
+Continues texts. The tokens are the target's own, whatever drafts for it.
+
+Without --target, the embedded demo pair writes Python. A --target of your own decodes
+plainly unless --draft or --speculative-config names something to draft for it.
+"""
+
+EXAMPLES = """\
+examples:
+  outrider generate --prompt 'def fibonacci(n):'
+  outrider generate --target Qwen/Qwen3-8B --draft Qwen/Qwen3-0.6B --prompt 'Once upon a time'
+  outrider generate --prompt-file prompts.txt --n 2 --temperature 0.8 --seed 1 --json > out.jsonl
+  outrider generate --target ./model -sc '{"method": "ngram"}' < letter.txt
+
+On a terminal the text appears as it comes. Elsewhere standard output holds only texts, or
+with --json one object per line and result: prompt, index, text, token_ids, finish_reason,
+stop_reason, seed and stats.
+"""
+
+
+def register(commands: Commands) -> None:
+    """Adds the command's parser."""
+    parser = commands.add_parser(NAME, help=SUMMARY, description=DESCRIPTION, epilog=EXAMPLES)
+    parser.set_defaults(run=run)
+    _add_prompts(parser)
+    _add_models(parser)
+    _add_sampling(parser)
+    _add_speculation(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object per result")
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Reads the prompts, loads the models and writes every result."""
+    # All that can be refused without a model is, before seconds go into loading one.
+    prompts = read_prompts(arguments.prompt, arguments.prompt_file)
+    params = _sampling_params(arguments)
+    config = _speculative_config(arguments)
+    from outrider.cluster.cli.output import Output, notice
+
+    with notice("loading the models ..."):
+        llm = _load(arguments, config)
+    prepared = _prepare(llm, prompts, params, speculative=not arguments.no_speculation)
+    output = Output(total=len(prompts) * params.n, as_json=arguments.json, one_choice=params.n == 1)
+    try:
+        for number, (prompt, requests) in enumerate(prepared, 1):
+            for request in requests:
+                output.begin(number, request.choice)
+                began = time.perf_counter()
+                done = _complete(llm, request, output)
+                output.end(number, prompt, request.params.seed, done, time.perf_counter() - began)
+    finally:
+        output.close()
+    return 0
+
+
+def _complete(llm: "LLM", request: Request, output: "Output") -> Completion:
+    ids: list[int] = []
+    with llm.start(request) as run:
+        while not run.finished:
+            step = run.step()
+            ids += step.token_ids
+            output.piece(step.text, len(ids) / request.params.max_tokens)
+    assert step.finish_reason is not None
+    return Completion(
+        index=request.choice,
+        text=run.text,
+        token_ids=ids,
+        finish_reason=step.finish_reason,
+        stop_reason=step.stop_reason,
+        stats=run.stats,
+    )
+
+
+def _load(arguments: argparse.Namespace, config: dict[str, Any] | None) -> "LLM":
+    import torch
+
+    from outrider.cluster.llm import LLM
+
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise InvalidConfigError(f"threads must be at least 1, not {arguments.threads}")
+        torch.set_num_threads(arguments.threads)
+    return LLM(
+        arguments.target,
+        # A draft model that will not be asked need not be loaded.
+        speculative_config=None if arguments.no_speculation else config,
+        dtype=arguments.dtype,
+        numerics=arguments.numerics,
+        max_model_len=arguments.max_model_len,
+    )
+
+
+def _prepare(
+    llm: "LLM", prompts: list[str], params: SamplingParams, *, speculative: bool
+) -> list[tuple[str, list[Request]]]:
+    """All of them before the first is served, so that a bad one does not waste the others' time."""
+    prepared = []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            prepared.append(llm.prepare(prompt, params, speculative=speculative))
+        except InvalidRequestError as error:
+            if len(prompts) == 1:
+                raise
+            raise InvalidRequestError(f"prompt {number} of {len(prompts)}: {error}") from error
+    return prepared
+
+
+def _sampling_params(arguments: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        n=arguments.n,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        min_p=arguments.min_p,
+        seed=arguments.seed,
+        max_tokens=arguments.max_tokens,
+        stop=arguments.stop,
+        ignore_eos=arguments.ignore_eos,
+    )
+
+
+def _speculative_config(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """``--speculative-config``, with what the simple flags say in place of its own values."""
+    given: dict[str, Any] | None = arguments.speculative_config
+    flags = {"model": arguments.draft, "num_speculative_tokens": arguments.num_speculative_tokens}
+    simple = {key: value for key, value in flags.items() if value is not None}
+    if given is None and not simple:
+        return None
+    from outrider.cluster.speculative_config import SpeculativeConfig
+    from outrider.models.demo import pair
+
+    if given is None and arguments.draft is None:
+        if arguments.target is not None:
+            raise InvalidConfigError(
+                "--num-speculative-tokens needs something that drafts: "
+                "give --draft or --speculative-config beside --target"
+            )
+        given = {"model": str(pair.DRAFT)}
+    config = {**(given or {}), **simple}
+    SpeculativeConfig.parse(config)
+    return config
+
+
+def _add_prompts(parser: Parser) -> None:
+    group = parser.add_argument_group("prompts (else all of standard input is one)")
+    sources = group.add_mutually_exclusive_group()
+    sources.add_argument("--prompt", metavar="TEXT", action="append", help="a text; repeat it for several")
+    sources.add_argument("--prompt-file", metavar="FILE", help="one prompt a line; blank lines are skipped")
+
+
+def _add_models(parser: Parser) -> None:
+    add = parser.add_argument_group("models").add_argument
+    add("--target", metavar="DIR|ID", help="folder or hub id; the embedded demo model by default")
+    add("--draft", metavar="DIR|ID", help="draft model; none for a --target of your own by default")
+    add("--dtype", default="auto", help="auto (as saved, the default), bfloat16, float32 or float64")
+    add(
+        "--numerics",
+        default="canonical",
+        help="canonical (the default: the same bits with and without speculation) or fast",
+    )
+    add(
+        "--max-model-len",
+        metavar="N",
+        type=integer,
+        help="tokens of prompt and output; the model's by default",
+    )
+    add("--threads", metavar="N", type=integer, help="CPU threads; PyTorch's choice by default")
+
+
+def _add_sampling(parser: Parser) -> None:
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max-tokens", metavar="N", type=integer, default=128, help="longest output; default 128")
+    add("--temperature", metavar="F", type=real, default=0.0, help="default 0: the most probable token")
+    add("--top-p", metavar="F", type=real, default=1.0, help="keep this much probability; default 1")
+    add("--top-k", metavar="N", type=integer, default=0, help="keep this many tokens; default 0: all")
+    add(
+        "--min-p",
+        metavar="F",
+        type=real,
+        default=0.0,
+        help="least share of the best's probability; default 0",
+    )
+    add("--seed", metavar="N", type=integer, help="the same seed gives the same tokens; default: a fresh one")
+    add("--n", metavar="N", type=integer, default=1, help="choices per prompt; default 1")
+    add("--stop", metavar="STR", action="append", default=[], help="ends the output; repeat it for several")
+    add("--ignore-eos", action="store_true", help="write on after the end-of-text token")
+
+
+def _add_speculation(parser: Parser) -> None:
+    add = parser.add_argument_group("speculation").add_argument
+    add("--no-speculation", action="store_true", help="decode plainly; the tokens are the same")
+    add("--num-speculative-tokens", metavar="K", type=integer, help="most draft tokens per target step")
+    add(
+        "-sc",
+        "--speculative-config",
+        metavar="JSON",
+        type=json_object,
+        help="all settings, in vLLM's keys; without a model it looks n-grams up. "
+        "--draft and --num-speculative-tokens replace its values",
+    )

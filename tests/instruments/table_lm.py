@@ -1,0 +1,162 @@
+"""TableLM: an exact Markov model behind the engine's ``TargetRunner`` protocol."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from outrider.kernels.gumbel import exponential_noise, stream_keys
+from outrider.speculation.tree import ROOT, DraftTree
+from outrider.speculation.types import FloatArray, IntArray
+
+PADDING_LOGIT = 40.0
+"""Of the head's padded last column: it wins wherever someone forgets to cut it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What stands for one position's keys and values.
+
+    past: a digest of all tokens before, as real keys and values depend on them.
+    """
+
+    token: int
+    past: int
+
+    @property
+    def digest(self) -> int:
+        return hash((self.past, self.token))
+
+
+@dataclass(eq=False)
+class TableSequence:
+    """One request's cache: entries of committed positions, and of the last tree's nodes."""
+
+    owner: "TableLM"
+    max_tokens: int
+    entries: list[Entry] = field(default_factory=list)
+    nodes: list[Entry] = field(default_factory=list)
+    closed: bool = False
+
+    def append(self, entry: Entry) -> None:
+        assert not self.closed, "a closed sequence was written to"
+        self.entries.append(entry)
+        assert len(self.entries) <= self.max_tokens, "the sequence has outgrown its room"
+
+    def digest(self) -> int:
+        return read(self.entries, 0)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def read(entries: list[Entry], past: int) -> int:
+    """The digest after ``entries``, each of which must have been computed after the ones before it."""
+    for entry in entries:
+        assert entry.past == past, "the cache holds an entry that was computed after other tokens"
+        past = entry.digest
+    return past
+
+
+class TableLM:
+    """A Markov model of known law that counts its forwards and rows.
+
+    logits: float64 ``[V] * order + [V]``. A row's logits are looked up with the tokens that
+    are found in the sequence's own cache, so a wrong commit shows.
+    """
+
+    max_model_len = 200
+
+    def __init__(self, logits: FloatArray) -> None:
+        self.logits, self.vocab_size, self.order = logits, logits.shape[-1], logits.ndim - 1
+        self.forwards = self.rows = 0
+        self.sequences: list[TableSequence] = []
+
+    @classmethod
+    def random(cls, seed: int, *, vocab_size: int, order: int = 1, spread: float = 1.5) -> "TableLM":
+        shape = (vocab_size,) * (order + 1)
+        return cls(np.random.default_rng(seed).normal(0.0, spread, shape))
+
+    @classmethod
+    def cycle(cls, successors: list[int]) -> "TableLM":
+        """Token t is followed by ``successors[t]``, by far."""
+        return cls(8.0 * np.eye(len(successors))[successors])
+
+    def open(self, max_tokens: int) -> TableSequence:
+        self.sequences.append(TableSequence(self, max_tokens))
+        return self.sequences[-1]
+
+    def prefill(self, sequence: TableSequence, tokens: IntArray) -> None:
+        for token in tokens.tolist():
+            sequence.append(Entry(token, sequence.digest()))
+
+    def verify(self, sequence: TableSequence, root: int, tree: DraftTree) -> torch.Tensor:
+        self.forwards += 1
+        self.rows += len(tree) + 1
+        sequence.append(Entry(root, sequence.digest()))
+        digest = sequence.digest()
+        sequence.nodes = []
+        for token, parent in zip(tree.tokens.tolist(), tree.parent_indices.tolist(), strict=True):
+            past = digest if parent == ROOT else sequence.nodes[parent].digest
+            sequence.nodes.append(Entry(token, past))
+        rows = [self.row([entry.token for entry in sequence.entries])]
+        for node in range(len(tree)):
+            path = [sequence.nodes[each] for each in self.path_slots(tree, node)]
+            read(path, digest)
+            rows.append(self.row([entry.token for entry in sequence.entries + path]))
+        padding = np.full((len(rows), 1), PADDING_LOGIT)
+        return torch.from_numpy(np.concatenate((np.stack(rows), padding), axis=1))
+
+    def path_slots(self, tree: DraftTree, node: int) -> list[int]:
+        """Where the entries that a node attends lie, from the root downwards."""
+        path = []
+        while node != ROOT:
+            path.append(node)
+            node = int(tree.parent_indices[node])
+        return path[::-1]
+
+    def accept(self, sequence: TableSequence, nodes: IntArray) -> None:
+        for node in nodes.tolist():
+            sequence.append(sequence.nodes[node])
+        sequence.nodes = []
+
+    def row(self, text: list[int]) -> FloatArray:
+        """Logits ``[V]`` after ``text``, which token 0 precedes."""
+        context = ([0] * self.order + text)[-self.order :]
+        return self.logits[tuple(context)]
+
+    def law(self, text: list[int], temperature: float = 1.0) -> FloatArray:
+        """Probabilities ``[V]`` after ``text``."""
+        weights = np.exp((self.row(text) - self.row(text).max()) / temperature)
+        return weights / weights.sum()
+
+    def joint_law(self, prompt: list[int], count: int) -> dict[tuple[int, ...], float]:
+        """Probabilities of every continuation of ``count`` tokens, by definition."""
+        law: dict[tuple[int, ...], float] = {(): 1.0}
+        for _ in range(count):
+            law = {
+                (*text, token): mass * p
+                for text, mass in law.items()
+                for token, p in enumerate(self.law([*prompt, *text]).tolist())
+            }
+        return law
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        """Plain greedy decoding, by definition: independent of the engine."""
+        text = list(prompt)
+        for _ in range(count):
+            text.append(int(self.row(text).argmax()))
+        return text[len(prompt) :]
+
+    def sampled(self, prompt: list[int], count: int, seed: int) -> list[int]:
+        """Plain seeded decoding at temperature 1, by definition: independent of the engine."""
+        text = list(prompt)
+        for _ in range(count):
+            text.append(int((race_noise(seed, len(text), self.vocab_size) / self.law(text)).argmin()))
+        return text[len(prompt) :]
+
+
+def race_noise(seed: int, position: int, vocab_size: int) -> FloatArray:
+    """Unit exponentials ``[V]`` of choice 0 at one position."""
+    base, gamma = torch.from_numpy(stream_keys(seed, position, 0))
+    return exponential_noise(base, gamma, vocab_size)[0].double().numpy()
