@@ -16,6 +16,7 @@ from outrider.speculation.living_tree import LivingTree, Reroot
 from outrider.speculation.pipelines.serial import TreeShape
 from outrider.speculation.request import Request
 from outrider.speculation.sampling import LogitProcessor, TokenChooser
+from outrider.speculation.stopping import ending_ids
 from outrider.speculation.tree import ROOT, DraftTree, Law
 from outrider.speculation.types import FloatArray, IntArray
 
@@ -52,8 +53,9 @@ class ModelDraftSession:
         self.name = engine.name
         self._engine, self._runner = engine, engine.runner
         params = request.params
-        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else engine.eos_ids)}
-        self._processor = LogitProcessor(params, request.prompt_ids, engine.vocab_size, stop_ids)
+        self._processor = LogitProcessor(
+            params, request.prompt_ids, engine.vocab_size, ending_ids(params, engine.eos_ids)
+        )
         self._chooser = TokenChooser(params, request.choice)
         self.tree = LivingTree(Law.COUPLED, TREE_CAPACITY)
         self._sequence = engine.runner.open(self._runner.max_model_len)

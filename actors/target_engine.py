@@ -13,7 +13,7 @@ from outrider.speculation.pipelines.serial import CostEstimates, Grow, SerialPip
 from outrider.speculation.request import Request, StepOutput
 from outrider.speculation.sampling import LogitProcessor, TokenChooser, row_positions
 from outrider.speculation.statistics import SpeculationStatistics
-from outrider.speculation.stopping import StopChecker, TextSource
+from outrider.speculation.stopping import StopChecker, TextSource, ending_ids
 from outrider.speculation.tree import ROOT, DraftTree
 from outrider.speculation.types import IntArray, Verdict, Verifier
 
@@ -95,8 +95,9 @@ class RequestRun:
         self._stop = StopChecker(
             params, target.eos_ids, len(request.prompt_ids), self._max_model_len, target.detokenizer(request)
         )
-        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else target.eos_ids)}
-        self._processor = LogitProcessor(params, request.prompt_ids, target.vocab_size, stop_ids)
+        self._processor = LogitProcessor(
+            params, request.prompt_ids, target.vocab_size, ending_ids(params, target.eos_ids)
+        )
         self._chooser = TokenChooser(params, request.choice)
         self._pipeline = SerialPipeline(engine.shape, engine.costs)
         self.stats = SpeculationStatistics()

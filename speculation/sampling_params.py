@@ -28,8 +28,8 @@ class SamplingParams:
         output, once and once per occurrence.
     seed: of all randomness of the request; None lets the server draw one.
     max_tokens, min_tokens: bounds of the output's length.
-    stop: strings that end the output; a bare string is one. Held as a tuple.
-    stop_token_ids: tokens that end the output, beside EOS. Held as a tuple.
+    stop: strings that end the output; a bare string is one. Held as a tuple, None as an empty one.
+    stop_token_ids: tokens that end the output, beside EOS. Held likewise.
     ignore_eos: EOS does not end the output.
     include_stop_str_in_output: the text ends after the stop string, not before it.
     skip_special_tokens: leave special tokens out of the text.
@@ -64,8 +64,9 @@ class SamplingParams:
         self._check_reals()
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             _require(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
-        self._set("stop", _strings("stop", self.stop))
-        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        self._set("stop", () if self.stop is None else _strings("stop", self.stop))
+        stop_ids = () if self.stop_token_ids is None else _token_ids("stop_token_ids", self.stop_token_ids)
+        self._set("stop_token_ids", stop_ids)
         if self.logit_bias is not None:
             self._set("logit_bias", _biases("logit_bias", self.logit_bias))
         if self.allowed_token_ids is not None:

@@ -40,6 +40,11 @@ class StopOutcome:
     stop_reason: int | str | None = None
 
 
+def ending_ids(params: SamplingParams, eos_ids: Collection[int]) -> frozenset[int]:
+    """Every token that ends the request's output."""
+    return frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_ids)
+
+
 class StopChecker:
     """Finds the end of one request's output.
 
@@ -48,9 +53,8 @@ class StopChecker:
     stop string comes first, then EOS, then stop tokens, then lengths. The first
     ``min_tokens`` tokens end nothing but at the context length.
 
-    A stop token stays in the output, and in the text unless it is a special token that
-    the detokeniser skips. Text is cut before a stop string, or behind it if the request
-    includes it.
+    A stop token stays in the output. Text ends before a stop token or a stop string, or
+    behind it with ``include_stop_str_in_output``, as in vLLM.
 
     eos_ids: the model's; ``ignore_eos`` is applied here.
     prompt_length, max_model_len: tokens.
@@ -72,7 +76,7 @@ class StopChecker:
                 f"prompt must be shorter than the context length {max_model_len}, not {prompt_length} tokens"
             )
         self._eos_ids = frozenset(() if params.ignore_eos else eos_ids)
-        self._stop_ids = self._eos_ids | frozenset(params.stop_token_ids)
+        self._stop_ids = ending_ids(params, eos_ids)
         self._limit = min(params.max_tokens, max_model_len - prompt_length)
         self._min_tokens = params.min_tokens
         self._stops = tuple(params.stop)
@@ -97,11 +101,14 @@ class StopChecker:
         """Takes committed tokens, in order; nothing may follow the end."""
         assert not self._finished, "tokens after the end of the request"
         outcome = self._end_by_token(tokens)
-        kept = tokens[: outcome.num_kept]
+        hidden = outcome.finish_reason is FinishReason.STOP and not self._include_stop
+        shown = tokens[: outcome.num_kept - hidden]
         if self._stops:
-            outcome = self._end_by_string(kept, outcome)
+            outcome = self._end_by_string(shown, outcome)
         else:
-            self._text += self._decode(kept, last=outcome.finish_reason is not None)
+            self._text += self._detokenizer.push(shown)
+            if outcome.finish_reason is not None:
+                self._text += self._detokenizer.flush()
         self._num_tokens += outcome.num_kept
         self._finished = outcome.finish_reason is not None
         return outcome
@@ -133,21 +140,30 @@ class StopChecker:
     def _end_by_string(self, tokens: Sequence[int], outcome: StopOutcome) -> StopOutcome:
         """The end by a stop string within ``tokens``, or else ``outcome``. Extends the text."""
         for index, token in enumerate(tokens):
-            last = outcome.finish_reason is not None and index == len(tokens) - 1
-            old_length = len(self._text)
-            self._text += self._decode((token,), last=last)
-            if self._num_tokens + index < self._min_tokens:
-                continue
-            found = self._find_stop(old_length)
-            if found is not None:
-                start, stop = found
-                self._text = self._text[: start + len(stop) if self._include_stop else start]
+            text = self._detokenizer.push((token,))
+            stop = self._extend(text, index + 1)
+            if stop is not None:
                 return StopOutcome(num_kept=index + 1, finish_reason=FinishReason.STOP, stop_reason=stop)
+        if outcome.finish_reason is not None:
+            stop = self._extend(self._detokenizer.flush(), outcome.num_kept)
+            if stop is not None:
+                return StopOutcome(
+                    num_kept=outcome.num_kept, finish_reason=FinishReason.STOP, stop_reason=stop
+                )
         return outcome
 
-    def _decode(self, tokens: Sequence[int], *, last: bool) -> str:
-        text = self._detokenizer.push(tokens)
-        return text + self._detokenizer.flush() if last else text
+    def _extend(self, text: str, count: int) -> str | None:
+        """Adds the text of the ``count``-th new token; the stop string that it completes, cut off."""
+        old_length = len(self._text)
+        self._text += text
+        if self._num_tokens + count <= self._min_tokens:
+            return None
+        found = self._find_stop(old_length)
+        if found is None:
+            return None
+        start, stop = found
+        self._text = self._text[: start + len(stop) if self._include_stop else start]
+        return stop
 
     def _find_stop(self, old_length: int) -> tuple[int, str] | None:
         """Start and string of the stop that ends first behind ``old_length``; the longest of these."""

@@ -97,7 +97,7 @@ def law_drafter(kind: str, gamma: int, draft: TableLM, noise: SharedNoise) -> Dr
 
 
 def check_identity(params: SamplingParams, gamma: int) -> None:
-    """For every max_tokens from 1 to 3γ and every drafter: exactly plain decoding's tokens.
+    """For every max_tokens from 1 to 3 gamma and every drafter: exactly plain decoding's tokens.
 
     The truth is computed from the table by definition, without the engine.
     """
@@ -181,7 +181,7 @@ def check_stop_strings(lag: int = 0) -> None:
 
 
 def check_forward_counts(gamma: int) -> None:
-    """α = 1 takes one forward per window, α = 0 exactly plain decoding's number."""
+    """A perfect drafter takes one forward per window, one that is always wrong plain decoding's number."""
     count = 13
     plain_lm = TableLM.random(3, vocab_size=5, order=2)
     params = replace(SEEDED, max_tokens=count)

@@ -106,7 +106,6 @@ REFUSED: list[tuple[str, Any]] = [
     ("stop", ["a", ""]),
     ("stop", ["a", 1]),
     ("stop", 5),
-    ("stop", None),
     ("stop_token_ids", [-1]),
     ("stop_token_ids", [1.5]),
     ("stop_token_ids", [True]),
@@ -202,3 +201,8 @@ def test_ids_are_checked_against_the_vocabulary(name: str, value: object) -> Non
     params.check_vocabulary(11)
     with pytest.raises(InvalidRequestError, match=f"^{name} must be .* size 10, not 10$"):
         params.check_vocabulary(10)
+
+
+def test_none_stands_for_no_stops_as_in_vllm() -> None:
+    params = SamplingParams(stop=None, stop_token_ids=None)  # type: ignore[arg-type]
+    assert (params.stop, params.stop_token_ids) == ((), ())

@@ -65,10 +65,12 @@ def test_ends_at_the_first_eos_which_is_kept_but_has_no_text(stop: Any) -> None:
     assert (request.text, request.num_tokens) == ("ab", 3)
 
 
-def test_a_stop_token_is_named_and_keeps_its_text() -> None:
-    request = checker(stop_token_ids=[6])
-    assert request.push([1, 6, 2]) == stopped(2, 6)
-    assert request.text == "ac"
+@pytest.mark.parametrize("stop", [(), "zz"])
+def test_a_stop_token_is_named_and_its_text_included_on_demand(stop: Any) -> None:
+    for include, text in ((False, "a"), (True, "ac")):
+        request = checker(stop_token_ids=[6], stop=stop, include_stop_str_in_output=include)
+        assert request.push([1, 6, 2]) == stopped(2, 6)
+        assert (request.text, request.num_tokens) == (text, 2)
 
 
 def test_eos_among_the_stop_tokens_is_eos_unless_ignored() -> None:
@@ -133,7 +135,7 @@ def test_text_behind_the_stop_string_is_cut(include: bool, text: str) -> None:
 
 
 def test_of_several_stop_strings_the_one_that_ends_first_counts() -> None:
-    request = checker(stop=["xENDy", "END", "ND"])
+    request = checker(stop=["xENDy", "ND", "END"])
     assert request.push([7]) == stopped(1, "END")
     assert request.text == "x"
 
@@ -145,7 +147,7 @@ def test_the_rest_of_the_text_is_searched_at_the_end() -> None:
 
 
 def test_the_detokeniser_never_sees_a_token_behind_the_end() -> None:
-    ends = (SamplingParams(stop=["b"]), SamplingParams(max_tokens=2), SamplingParams(stop_token_ids=[2]))
+    ends = (SamplingParams(stop=["b"]), SamplingParams(max_tokens=2), SamplingParams(stop_token_ids=[6]))
     for params in ends:
         source = Pieces()
         StopChecker(params, [EOS], 1, 99, source).push([1, 2, 6])
@@ -189,7 +191,8 @@ def naive(tokens: list[int], params: SamplingParams, limit: int, lag: int) -> tu
         eos = token == EOS and not params.ignore_eos
         by_token = count > params.min_tokens and (eos or token in params.stop_token_ids)
         ended = by_token or count == limit
-        text = "".join(PIECES[t] for t in tokens[: count if ended else max(0, count - lag)])
+        hidden = by_token and not params.include_stop_str_in_output
+        text = "".join(PIECES[t] for t in tokens[: count - hidden if ended else max(0, count - lag)])
         matches = [
             (end, end - len(stop), stop)
             for stop in params.stop
