@@ -201,6 +201,7 @@ class RequestRun:
 
     def _reroot(self, tokens: IntArray) -> None:
         if self._draft is not None:
+            had_tree = len(self._draft.tree) > 0
             survived = self._draft.commit(tokens).survived
-            self.stats.reroot_hits += survived
-            self.stats.reroot_misses += not survived
+            self.stats.reroot_hits += had_tree and survived
+            self.stats.reroot_misses += had_tree and not survived

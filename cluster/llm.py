@@ -1,6 +1,6 @@
 """``LLM``: a target and its drafter in this very process, with vLLM's shape."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -9,7 +9,7 @@ import numpy as np
 from outrider.actors.draft_engine import TREE_CAPACITY, ModelDraftEngine
 from outrider.actors.drafting import DraftEngine, NgramEngine
 from outrider.actors.model_runner import ModelRunner
-from outrider.actors.target_engine import RequestRun, TargetEngine, TargetModel
+from outrider.actors.target_engine import TargetEngine, TargetModel
 from outrider.cluster.speculative_config import SpeculativeConfig
 from outrider.models.demo import pair
 from outrider.models.loader import load_model
@@ -121,7 +121,7 @@ class LLM:
         if params.n != 1:
             raise InvalidRequestError(f"n must be 1 to stream, not {params.n}")
         _, (request,) = self.prepare(prompt, params, speculative=speculative)
-        with self.start(request) as run:
+        with self.engine.start(request) as run:
             while not run.finished:
                 yield run.step()
 
@@ -142,26 +142,15 @@ class LLM:
         ]
         return text, requests
 
-    def start(self, request: Request) -> RequestRun:
-        """Begins a prepared request; step it until ``finished``, then close it."""
-        return self.engine.start(request)
-
-    def _finish(self, prompt: str, requests: list[Request]) -> RequestOutput:
-        seed = requests[0].params.seed
-        assert seed is not None
-        return RequestOutput(
-            prompt=prompt,
-            prompt_token_ids=requests[0].prompt_ids.tolist(),
-            outputs=[self._complete(request) for request in requests],
-            seed=seed,
-        )
-
-    def _complete(self, request: Request) -> Completion:
+    def complete(self, request: Request, on_step: Callable[[StepOutput], None] | None = None) -> Completion:
+        """Serves one prepared request; ``on_step`` sees every step as it is made."""
         ids: list[int] = []
-        with self.start(request) as run:
+        with self.engine.start(request) as run:
             while not run.finished:
                 step = run.step()
                 ids += step.token_ids
+                if on_step is not None:
+                    on_step(step)
         assert step.finish_reason is not None
         return Completion(
             index=request.choice,
@@ -170,6 +159,16 @@ class LLM:
             finish_reason=step.finish_reason,
             stop_reason=step.stop_reason,
             stats=run.stats,
+        )
+
+    def _finish(self, prompt: str, requests: list[Request]) -> RequestOutput:
+        seed = requests[0].params.seed
+        assert seed is not None
+        return RequestOutput(
+            prompt=prompt,
+            prompt_token_ids=requests[0].prompt_ids.tolist(),
+            outputs=[self.complete(request) for request in requests],
+            seed=seed,
         )
 
     def _tokenize(self, prompt: Prompt) -> tuple[str, IntArray]:

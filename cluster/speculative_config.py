@@ -54,6 +54,17 @@ class SpeculativeConfig:
         return TreeShape(num_speculative_tokens=self.num_speculative_tokens, **self.tree)
 
     def _check(self) -> None:
+        for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max", "max_model_len"):
+            value = getattr(self, name)
+            wrong = isinstance(value, bool) or not isinstance(value, int) or value < 1
+            if wrong and not (name == "max_model_len" and value is None):
+                raise InvalidConfigError(
+                    f"speculative_config: {name} must be a positive integer, not {value!r}"
+                )
+        if self.model is not None and not isinstance(self.model, str):
+            raise InvalidConfigError(
+                f"speculative_config: model must be a folder or hub id, not {self.model!r}"
+            )
         _choose("method", self.method, METHODS)
         _choose("pipeline", self.pipeline, PIPELINES)
         if self.method == "draft_model" and not self.model:

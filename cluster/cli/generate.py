@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from outrider.cluster.cli.arguments import Commands, Parser, integer, json_object, real
 from outrider.cluster.cli.prompts import read_prompts
 from outrider.speculation.errors import InvalidConfigError, InvalidRequestError
-from outrider.speculation.request import Completion, Request
+from outrider.speculation.request import Completion, Request, StepOutput
 from outrider.speculation.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -76,21 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _complete(llm: "LLM", request: Request, output: "Output") -> Completion:
-    ids: list[int] = []
-    with llm.start(request) as run:
-        while not run.finished:
-            step = run.step()
-            ids += step.token_ids
-            output.piece(step.text, len(ids) / request.params.max_tokens)
-    assert step.finish_reason is not None
-    return Completion(
-        index=request.choice,
-        text=run.text,
-        token_ids=ids,
-        finish_reason=step.finish_reason,
-        stop_reason=step.stop_reason,
-        stats=run.stats,
-    )
+    count = 0
+
+    def show(step: StepOutput) -> None:
+        nonlocal count
+        count += len(step.token_ids)
+        output.piece(step.text, count / request.params.max_tokens)
+
+    return llm.complete(request, show)
 
 
 def _load(arguments: argparse.Namespace, config: dict[str, Any] | None) -> "LLM":

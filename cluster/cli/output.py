@@ -4,6 +4,7 @@ Results go to standard output and everything else to standard error. What is dra
 drawn only on a terminal.
 """
 
+import io
 import json
 import sys
 import time
@@ -36,6 +37,10 @@ class Output:
         self._on_terminal = sys.stdout is not None and sys.stdout.isatty()
         self.stream = self._on_terminal and one_choice and not as_json
         self._as_json = as_json
+        # Whatever a model writes can be printed, also where the encoding is a small one.
+        self._ascii = not str(getattr(sys.stdout, "encoding", None)).lower().startswith("utf")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
         self._labels = total > 1 and not as_json
         self._bar = _Bar(total)
 
@@ -55,17 +60,17 @@ class Output:
         self, prompt_number: int, prompt: str, seed: int | None, done: Completion, seconds: float
     ) -> None:
         """Writes, or completes, one result."""
-        with self._bar.paused():
-            if self._as_json:
-                print(json.dumps(_row(prompt, seed, done), ensure_ascii=False), flush=True)
-                return
-            if self._labels and not self.stream:
-                _label(prompt_number, done.index)
-            text = "" if self.stream else done.text
-            print(text.translate(_VISIBLE) if self._on_terminal else text, flush=True)
-            if self._on_terminal:
-                console = Console(stderr=True)
-                console.print(Text(figures(done.stats, seconds), style="dim"), soft_wrap=True)
+        self._bar.count_one()
+        if self._as_json:
+            print(json.dumps(_row(prompt, seed, done), ensure_ascii=self._ascii), flush=True)
+            return
+        if self._labels and not self.stream:
+            _label(prompt_number, done.index)
+        text = "" if self.stream else done.text
+        print(text.translate(_VISIBLE) if self._on_terminal else text, flush=True)
+        if self._on_terminal:
+            console = Console(stderr=True)
+            console.print(Text(figures(done.stats, seconds), style="dim"), soft_wrap=True)
 
     def close(self) -> None:
         """Clears what was only drawn."""
@@ -92,12 +97,10 @@ class _Bar:
             self._progress.start()
             self._progress.update(self._task, completed=self._done + share)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def count_one(self) -> None:
         """Leaves the screen to a result; the next ``show`` draws the bar again."""
         self.close()
         self._done += 1
-        yield
 
     def close(self) -> None:
         if self._wanted:

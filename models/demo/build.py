@@ -30,7 +30,6 @@ SHORT_LENGTH = 512
 LONG_LENGTH = 2048
 LONG_SHARE = 0.12
 """Last share of training at ``LONG_LENGTH``, so that the whole context is usable."""
-TOKENS_PER_STEP = 4096
 
 # GPT-4's split: runs of indentation stay together, digits go in threes.
 SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,7 +37,10 @@ SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Shape and schedule of one model; ``peak_lr`` is reached after ``warmup_steps``."""
+    """Shape and schedule of one model; ``peak_lr`` is reached after ``warmup_steps``.
+
+    tokens: seen in training. tokens_per_step: in one batch, at least ``LONG_LENGTH``.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -47,6 +49,7 @@ class Recipe:
     num_kv_heads: int
     peak_lr: float
     tokens: int
+    tokens_per_step: int
     seed: int
     warmup_steps: int = 100
 
@@ -114,13 +117,13 @@ def training_stream(tokenizer: PreTrainedTokenizerFast, seed: int) -> torch.Tens
     return encode_files(tokenizer, [paths[i] for i in order])
 
 
-def batches(stream: torch.Tensor, tokens: int, seed: int) -> Iterator[torch.Tensor]:
-    """Batches ``[rows, length+1]`` until ``tokens`` were seen; each epoch is cut at a new offset."""
-    generator = torch.Generator().manual_seed(seed)
-    phases = ((SHORT_LENGTH, round(tokens * (1 - LONG_SHARE))), (LONG_LENGTH, tokens))
+def batches(stream: torch.Tensor, recipe: Recipe) -> Iterator[torch.Tensor]:
+    """Batches ``[rows, length+1]`` until enough tokens were seen; each epoch is cut at a new offset."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    phases = ((SHORT_LENGTH, round(recipe.tokens * (1 - LONG_SHARE))), (LONG_LENGTH, recipe.tokens))
     seen = 0
     for length, until in phases:
-        rows = TOKENS_PER_STEP // length
+        rows = recipe.tokens_per_step // length
         while seen < until:
             offset = int(torch.randint(length, (1,), generator=generator))
             windows = stream[offset:].unfold(0, length + 1, length)
@@ -166,10 +169,10 @@ def train(
         [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
         lr=recipe.peak_lr, betas=(0.9, 0.95), fused=True,
     )  # fmt: skip
-    steps = math.ceil(recipe.tokens / TOKENS_PER_STEP)
+    steps = math.ceil(recipe.tokens / recipe.tokens_per_step)
     began = time.monotonic()
     recent = 0.0
-    for step, rows in enumerate(batches(stream, recipe.tokens, recipe.seed)):
+    for step, rows in enumerate(batches(stream, recipe)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step, steps)
         with torch.autocast("cpu", torch.bfloat16):
@@ -246,14 +249,14 @@ def main() -> None:
     if not (target_dir / "model.safetensors").exists():
         recipe = Recipe(
             hidden_size=384, intermediate_size=1024, num_layers=6, num_heads=6, num_kv_heads=2,
-            peak_lr=1.5e-3, tokens=args.tokens, seed=2,
+            peak_lr=1.5e-3, tokens=args.tokens, tokens_per_step=4096, seed=2,
         )  # fmt: skip
         save(train(recipe, stream, teacher=None, name="target"), tokenizer, target_dir)
     if not (draft_dir / "model.safetensors").exists():
         teacher = LlamaForCausalLM.from_pretrained(target_dir, dtype=torch.bfloat16).eval()
         recipe = Recipe(
             hidden_size=192, intermediate_size=512, num_layers=3, num_heads=3, num_kv_heads=1,
-            peak_lr=3e-3, tokens=args.draft_tokens, seed=3,
+            peak_lr=2.5e-3, tokens=args.draft_tokens, tokens_per_step=2048, seed=3,
         )  # fmt: skip
         save(train(recipe, stream, teacher=teacher, name="draft"), tokenizer, draft_dir)
 

@@ -2,19 +2,22 @@
 
 from typing import TYPE_CHECKING, Any
 
-from outrider.speculation.sampling_params import SamplingParams
-
 if TYPE_CHECKING:
     from outrider.cluster.llm import LLM
+    from outrider.speculation.sampling_params import SamplingParams
 
 __all__ = ["LLM", "SamplingParams"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    # Loading a network library takes seconds; who only wants a parameter class need not wait.
+    # Loading a network library takes seconds; the command line's --help need not wait for it.
     if name == "LLM":
         from outrider.cluster.llm import LLM
 
         return LLM
+    if name == "SamplingParams":
+        from outrider.speculation.sampling_params import SamplingParams
+
+        return SamplingParams
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,7 +30,7 @@ CYCLE = [7, 2, 3, 4, 5, 6, EOS, 1]
 def drafter_zoo(truth: Sequence[int], gamma: int, vocab_size: int) -> dict[str, DraftEngine]:
     """Drafters of every kind. truth: prompt and plain output, longer than what is asked for."""
     right = drafters.perfect(truth, gamma)
-    mixed = drafters.partly_right(truth, 3 * gamma, vocab_size, 1)
+    mixed = drafters.partly_right(truth, gamma + 1, 3 * gamma, vocab_size, 1)
     noise = drafters.junk(3 * gamma, vocab_size, 2)
     return {
         "perfect": Scripted(right),

@@ -126,14 +126,13 @@ def always_wrong(truth: Sequence[int], length: int, vocab_size: int) -> Propose:
     return propose
 
 
-def partly_right(truth: Sequence[int], length: int, vocab_size: int, seed: int) -> Propose:
-    """A junk tree around the truth: any number of true tokens is accepted, at any indices."""
+def partly_right(truth: Sequence[int], length: int, nodes: int, vocab_size: int, seed: int) -> Propose:
+    """Up to ``length`` true tokens among junk, ``nodes`` in all: any number is accepted, at any indices."""
 
     def propose(text: list[int]) -> DraftTree:
         rng = np.random.default_rng([seed, len(text)])
-        future = truth[len(text) : len(text) + int(rng.integers(0, length + 1))]
-        right = chain(future)
-        return permuted(grafted(right, junk(length - len(right), vocab_size, seed)(text), rng), rng)
+        right = chain(truth[len(text) : len(text) + int(rng.integers(0, length + 1))])
+        return permuted(grafted(right, junk(nodes - len(right), vocab_size, seed)(text), rng), rng)
 
     return propose
 
