@@ -144,7 +144,7 @@ def test_seeded_draws_fit_transformers_softmax(temperature: float, top_k: int) -
     llm = LLM(str(pair.TARGET), dtype="float32")
     ids = llm.model.tokenizer.encode("import ")
     model = AutoModelForCausalLM.from_pretrained(pair.TARGET, dtype=torch.float32)
-    with torch.inference_mode():
+    with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0, -1] / temperature
     if top_k:
         logits[logits < logits.topk(top_k).values[-1]] = -torch.inf

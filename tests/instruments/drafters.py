@@ -180,10 +180,12 @@ def shuffled(propose: Propose, seed: int) -> Propose:
     return lambda text: permuted(propose(text), np.random.default_rng([seed, len(text)]))
 
 
-def grafted(left: DraftTree, right: DraftTree, rng: np.random.Generator) -> DraftTree:
-    """Both trees; the right one's roots hang below random nodes of the left one or the root."""
+def grafted(
+    left: DraftTree, right: DraftTree, rng: np.random.Generator, *, below_root: bool = False
+) -> DraftTree:
+    """Both trees; the right one's first nodes hang below random nodes of the left one, or the root."""
     shift = len(left)
-    below = rng.integers(ROOT, shift, len(right))
+    below = np.full(len(right), ROOT) if below_root else rng.integers(ROOT, shift, len(right))
     parents = np.where(right.parent_indices == ROOT, below, right.parent_indices + shift)
     return make_tree(
         np.concatenate((left.tokens, right.tokens)).tolist(),

@@ -126,8 +126,9 @@ def check_kv_after_commits(runner: AuditedRunner) -> None:
         for count in (0, 3, 5, 1, 0):
             right = rng.integers(1, VOCAB, 5).tolist()
             tree = drafters.grafted(drafters.chain(right), drafters.junk(11, VOCAB, length)([]), rng)
-            while (path := node_path(tree, right))[0] == 0:
-                tree = drafters.permuted(tree, rng)
+            # A stranger in front: no node's index is its depth.
+            tree = drafters.grafted(drafters.chain([0]), drafters.permuted(tree, rng), rng, below_root=True)
+            path = node_path(tree, right)
             runner.verify(sequence, int(rng.integers(1, VOCAB)), tree)
             runner.accept(sequence, np.array(path[:count], np.int64))
         assert sequence.length == length + 5 + 9
@@ -181,7 +182,7 @@ def plain_tokens(runner: AuditedRunner, prompt: Sequence[int], params: SamplingP
         logits = runner.fresh_logits(text)[:VOCAB].double()
         if not params.is_greedy:
             noise = torch.from_numpy(race_noise(params.seed or 0, len(text), VOCAB))
-            logits = logits.softmax(0) / noise
+            logits = (logits / params.temperature).softmax(0) / noise
         text.append(int(logits.argmax()))
     return text[len(prompt) :]
 
@@ -226,8 +227,8 @@ def check_draft_session(runner: AuditedRunner, params: SamplingParams, prompt_le
     session = draft_engine(runner).open(Request(prompt_ids=prompt, params=params))
     sequence = runner.opened[-1]
     text, survivors = prompt.tolist(), 0
-    for _ in range(9):
-        for _ in range(int(rng.integers(0, 5))):
+    for _ in range(14):
+        for _ in range(int(rng.integers(0, 6))):
             session.grow(int(rng.integers(1, 4)))
         require_fresh(runner, session, sequence, text, prompt_length, params)
         tokens = some_commit(session.tree, rng)
