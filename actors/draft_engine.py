@@ -92,6 +92,11 @@ class ModelDraftSession:
         cached = reroot.path_slots[self._cached[reroot.path_slots]] if root_cached else tokens[:0]
         self._sequence.commit_nodes(cached)
         self._uncached = np.concatenate((self._uncached, tokens[len(cached) :]))
+        if not len(self._uncached) and not len(tree):
+            # All children of the new root were pushed out; it has to be expanded again.
+            tree.clear()
+            self._sequence.length -= 1
+            self._uncached = tokens[-1:]
         self._processor.commit(tokens)
         return reroot
 
@@ -142,12 +147,13 @@ class ModelDraftSession:
         wanted = scores >= MIN_SCORE
         corrected = self._engine.calibration.correct(rank[wanted], scores[wanted])
         parents = np.broadcast_to(frontier[:, None], tokens.shape)[wanted]
+        # First: children may take the slots of frontier nodes that they push out.
+        self.tree.mark_expanded(frontier)
         slots = self.tree.add(parents, tokens[wanted], corrected)
         placed = slots >= 0
         self._cached[slots[placed]] = False
         self._ranks[slots[placed]] = rank[wanted][placed]
         self._raw_scores[slots[placed]] = scores[wanted][placed]
-        self.tree.mark_expanded(frontier)
 
     @torch.inference_mode()
     def _guesses(self, frontier: IntArray, logits: torch.Tensor) -> tuple[IntArray, FloatArray]:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from outrider.actors.drafting import DraftEngine, DraftSession
+from outrider.speculation.errors import ModelError
 from outrider.speculation.pipelines.serial import CostEstimates, Grow, SerialPipeline, TreeShape
 from outrider.speculation.request import Request, StepOutput
-from outrider.speculation.sampling import LogitProcessor, TokenChooser, row_positions
+from outrider.speculation.sampling import NO_TOKEN, LogitProcessor, TokenChooser, row_positions
 from outrider.speculation.statistics import SpeculationStatistics
 from outrider.speculation.stopping import StopChecker, TextSource, ending_ids
 from outrider.speculation.tree import ROOT, DraftTree
@@ -107,9 +108,13 @@ class RequestRun:
         self._limit = min(self._length + params.max_tokens, self._max_model_len)
         self._sequence = target.runner.open(self._limit + engine.shape.num_speculative_tokens + 1)
         self._draft: DraftSession | None = None
-        if engine.drafting is not None and request.speculative:
-            self._draft = engine.drafting.open(request)
-        target.runner.prefill(self._sequence, request.prompt_ids[:-1])
+        try:
+            if engine.drafting is not None and request.speculative:
+                self._draft = engine.drafting.open(request)
+            target.runner.prefill(self._sequence, request.prompt_ids[:-1])
+        except BaseException:
+            self.close()
+            raise
 
     def step(self) -> StepOutput:
         """Commits at least one token."""
@@ -160,6 +165,9 @@ class RequestRun:
         processed = self._processor.process(logits, tree)
         tokens = self._chooser.choose(processed, row_positions(self._length, tree))
         verdict = self._engine.verifier.verify(tree, tokens)
+        if verdict.token == NO_TOKEN:
+            position = self._length + verdict.num_accepted_tokens
+            raise ModelError(f"the model gave NaN or infinite logits for the token at position {position}")
         self._observe(tree, verdict, self._engine.clock() - began)
         return verdict
 

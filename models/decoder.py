@@ -83,11 +83,12 @@ class Decoder:
         )
         for block, pool in zip(self.blocks, cache.layers, strict=True):
             block(x, rotation, slots, pool, attention, attended)
-        wanted = x[batch.first_logit_row :]
         if batch.first_logit_row == rows:
-            return wanted.new_empty(0, self.config.vocab_size)
-        logits = self.head(F.rms_norm(wanted, (x.shape[1],), self.norm, self.config.rms_norm_eps))
-        return logits[: rows - batch.first_logit_row]
+            return x.new_empty(0, self.config.vocab_size)
+        # The head, too, takes whole row classes only.
+        start = batch.first_logit_row // self.classes.linear * self.classes.linear
+        logits = self.head(F.rms_norm(x[start:], (x.shape[1],), self.norm, self.config.rms_norm_eps))
+        return logits[batch.first_logit_row - start : rows - start]
 
     @staticmethod
     def _padded(batch: Batch, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

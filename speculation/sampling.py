@@ -14,11 +14,14 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.gumbel import exponential_noise, exponential_race, position_keys, request_states
-from outrider.speculation.errors import InvalidRequestError, ModelError
+from outrider.speculation.errors import InvalidRequestError
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.tree import DraftTree
 from outrider.speculation.truncation import keep_near_top, keep_top
 from outrider.speculation.types import FloatArray, IntArray
+
+NO_TOKEN = -1
+"""In place of a token where the logits allow none."""
 
 
 def row_positions(length: int, tree: DraftTree) -> IntArray:
@@ -155,8 +158,8 @@ class TokenChooser:
         logits: float ``[R, V]``, processed.
         positions: int64 ``[R]``, index in the whole sequence of the token to choose.
 
-        Raises:
-            ModelError: a row holds a NaN or infinity, or nothing but -inf.
+        A row that holds a NaN or infinity, or nothing but -inf, has no token: it gets
+        ``NO_TOKEN``, which no node carries, so a junk node's row harms nobody.
         """
         if self._greedy:
             tokens, values = logits.argmax(dim=1), logits
@@ -166,10 +169,7 @@ class TokenChooser:
             tokens = exponential_race(values, self._noise(logits, positions))
         # A NaN anywhere in a row has won, or has made the whole row NaN.
         sound = values.gather(1, tokens[:, None])[:, 0].isfinite()
-        chosen: IntArray = torch.where(sound, tokens, -1).cpu().numpy()
-        if (chosen < 0).any():
-            position = positions[int((chosen < 0).argmax())]
-            raise ModelError(f"the model gave NaN or infinite logits for the token at position {position}")
+        chosen: IntArray = torch.where(sound, tokens, NO_TOKEN).cpu().numpy()
         return chosen
 
     def perturbed(self, logits: torch.Tensor, positions: IntArray) -> torch.Tensor:

@@ -63,7 +63,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def in_flags(message: str, arguments: argparse.Namespace) -> str:
     """An error about a parameter, in terms of the flag that set it: ``--top-p must be …``."""
-    name, verb, rest = message.partition(" must ")
+    name, verb, rest = message.removeprefix("speculative_config: ").partition(" must ")
     if not verb or getattr(arguments, name, None) is None:
         return message
     return f"--{name.replace('_', '-')} must {rest}"

@@ -25,7 +25,7 @@ FIRST_HIT_PROBABILITY = 0.8
 """Assumed chance that a node's children hold the target's token, before any was judged."""
 DEFAULT_SPECULATIVE_TOKENS = 16
 MAX_VERIFIED_NODES = 63
-"""Nodes that fit one forward beside the root."""
+"""Nodes that fit one forward, of the target beside the root or of the drafter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +56,9 @@ class TreeShape:
                 raise InvalidConfigError(f"{name} must be a positive integer, not {value!r}")
         if self.depth > MAX_TREE_DEPTH:
             raise InvalidConfigError(f"depth {self.depth} is more than {MAX_TREE_DEPTH}")
-        if self.num_speculative_tokens > MAX_VERIFIED_NODES:
-            raise InvalidConfigError(
-                f"num_speculative_tokens {self.num_speculative_tokens} is more than {MAX_VERIFIED_NODES}"
-            )
+        for name in ("num_speculative_tokens", "width"):
+            if getattr(self, name) > MAX_VERIFIED_NODES:
+                raise InvalidConfigError(f"{name} {getattr(self, name)} is more than {MAX_VERIFIED_NODES}")
 
 
 @dataclass(frozen=True, slots=True)

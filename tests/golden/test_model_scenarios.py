@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from instruments.drafters import Scripted, junk
+from instruments.drafters import tokens_to
 from instruments.model_checks import (
     CONTEXT,
-    MAX_NODES,
     VOCAB,
     AuditedRunner,
     check_draft_session,
+    check_idle_after_closing,
     check_kv_after_commits,
     check_model_identity,
     check_rows_are_paths,
@@ -23,10 +23,14 @@ from instruments.model_checks import (
 )
 
 from outrider.actors.draft_engine import TREE_CAPACITY
+from outrider.actors.drafting import DraftSession
 from outrider.actors.target_engine import TargetEngine
+from outrider.models.batch import prefill_rows
 from outrider.models.numerics import Numerics
+from outrider.speculation.living_tree import LivingTree
 from outrider.speculation.request import Request
 from outrider.speculation.sampling_params import SamplingParams
+from outrider.speculation.tree import Law
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 PARAMETERS: dict[str, dict[str, Any]] = {
@@ -112,18 +116,7 @@ def test_a_draft_session_in_other_dtypes(folder: Path, dtype: torch.dtype) -> No
 
 
 def test_nothing_leaks_from_requests_closed_half_way(folder: Path) -> None:
-    network = decoder(folder, torch.float32)
-    target = AuditedRunner(network)
-    draft = AuditedRunner(network, max_nodes=TREE_CAPACITY)
-    params = SamplingParams(seed=1, max_tokens=30)
-    request = Request(prompt_ids=np.arange(1, 60), params=params)
-    for steps in range(4):
-        for drafting in (draft_engine(draft), Scripted(junk(12, VOCAB, 0))):
-            with model_engine(target, drafting).start(request) as run:
-                for _ in range(steps):
-                    run.step()
-            target.cache.check_idle()
-            draft.cache.check_idle()
+    check_idle_after_closing(AuditedRunner(decoder(folder, torch.float32)))
 
 
 def test_output_fills_the_context_of_target_and_of_a_shorter_draft(folder: Path) -> None:
@@ -145,14 +138,44 @@ def tokens_of(engine: TargetEngine, request: Request) -> list[int]:
     return tokens
 
 
-def test_a_draft_tree_wider_than_its_room(folder: Path) -> None:
-    """Frontier nodes may be pushed out by their own step's children."""
+@pytest.mark.parametrize("capacity", [4, 9, 30])
+def test_nodes_that_push_out_their_parents_siblings_still_grow(folder: Path, capacity: int) -> None:
+    """A step's children may take the slots of nodes of that very step; they must not inherit their state."""
     runner = AuditedRunner(decoder(folder, torch.float32), max_nodes=TREE_CAPACITY)
-    session = draft_engine(runner, width=60, children=60).open(
-        Request(prompt_ids=np.arange(1, 9), params=SamplingParams(seed=1, temperature=1.3, max_tokens=9))
-    )
-    for _ in range(6):
-        session.grow(60)
-    assert len(session.tree) <= TREE_CAPACITY
-    session.close()
-    assert MAX_NODES < TREE_CAPACITY
+    for seed in range(6):
+        request = Request(prompt_ids=np.arange(1, 9), params=SamplingParams(seed=seed, max_tokens=9))
+        session = draft_engine(runner, children=4).open(request)
+        tree = session.tree = LivingTree(Law.COUPLED, capacity)
+        computed: set[tuple[int, ...]] = set()
+        for _ in range(5):
+            computed |= {tuple(tokens_to(tree, slot)) for slot in tree.frontier(6).tolist()}
+            session.grow(6)
+            waiting = [slot for slot in tree.slots.tolist() if tuple(tokens_to(tree, slot)) not in computed]
+            assert set(waiting) <= set(tree.frontier(capacity).tolist())
+        session.close()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_do_not_depend_on_how_many_are_wanted(folder: Path, dtype: torch.dtype) -> None:
+    """The head's rows, too, are whole row classes; a draft wants the last row of many."""
+    runner = AuditedRunner(decoder(folder, dtype))
+    ids = np.random.default_rng(0).integers(1, VOCAB, 20)
+    for count in range(1, 20):
+        sequence = runner.open(CONTEXT)
+        rows = prefill_rows(sequence, ids[:count])
+        every = runner.forward(sequence, rows, first_logit_row=0)
+        for first in range(count):
+            assert torch.equal(runner.forward(sequence, rows, first_logit_row=first), every[first:])
+        sequence.close()
+
+
+def test_a_request_that_cannot_start_leaves_nothing_behind(folder: Path) -> None:
+    class Broken:
+        def open(self, request: Request) -> DraftSession:
+            raise MemoryError(f"no room for {len(request.prompt_ids)} tokens")
+
+    runner = AuditedRunner(decoder(folder, torch.float32))
+    request = Request(prompt_ids=np.arange(1, 9), params=SamplingParams(seed=1))
+    with pytest.raises(MemoryError):
+        model_engine(runner, Broken()).start(request)
+    runner.cache.check_idle()

@@ -290,3 +290,16 @@ def best_children(
     perturbed = TokenChooser(params).perturbed(logits, np.array([len(text)]))[0].double().numpy()
     best = np.argsort(-perturbed)[:3]
     return {int(token) for token in best if perturbed[token] / perturbed.sum() >= MIN_SCORE}
+
+
+def check_idle_after_closing(target: AuditedRunner) -> None:
+    """Requests closed after any number of steps leave no block behind, at the target or at the drafter."""
+    draft = AuditedRunner(target.decoder, max_nodes=TREE_CAPACITY)
+    request = Request(prompt_ids=np.arange(1, 60), params=SamplingParams(seed=1, max_tokens=30))
+    for steps in range(4):
+        for drafting in (draft_engine(draft), drafters.Scripted(drafters.junk(12, VOCAB, 0))):
+            with model_engine(target, drafting).start(request) as run:
+                for _ in range(steps):
+                    run.step()
+            target.cache.check_idle()
+            draft.cache.check_idle()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -61,17 +62,27 @@ def table_engine(
     budget: int = 8,
     depth: int = 1,
     eos_ids: tuple[int, ...] = (),
-    verifier: str = "coupled",
+    adaptive: bool = False,
     lag: int = 0,
 ) -> TargetEngine:
-    """Always takes ``depth`` draft steps and verifies up to ``budget`` nodes."""
+    """Takes ``depth`` draft steps and verifies ``budget`` nodes, or if ``adaptive`` what seems to pay.
+
+    Every step takes a hundredth of a second on its clock.
+    """
 
     def detokenizer(request: Request) -> TextSource:  # noqa: ARG001
         return Letters(lag)
 
     target = TargetModel(runner=lm, vocab_size=lm.vocab_size, eos_ids=eos_ids, detokenizer=detokenizer)
-    shape = TreeShape(num_speculative_tokens=budget, depth=depth, adaptive=False)
-    return TargetEngine(target, verifier=make_verifier(verifier), drafting=drafting, shape=shape)
+    shape = TreeShape(num_speculative_tokens=budget, depth=depth, adaptive=adaptive)
+    ticks = count()
+    return TargetEngine(
+        target,
+        verifier=make_verifier("coupled"),
+        drafting=drafting,
+        shape=shape,
+        clock=lambda: next(ticks) / 100,
+    )
 
 
 def serve(engine: TargetEngine, prompt: Sequence[int], params: SamplingParams, **request: Any) -> Outcome:
