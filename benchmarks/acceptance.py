@@ -1,10 +1,11 @@
 """How often the target's own token is among the draft's first k choices, on held-out code.
 
-    python benchmarks/acceptance.py [--positions 4000] [--seed 0]
+    python benchmarks/acceptance.py [--prompts 32] [--tokens 128] [--seed 0]
 
-Teacher-forced: at every position of held-out text both models see the true text, the target
-takes its token with the request's noise, and the draft ranks its guesses with the same noise
-(coupled) or without any (uncoupled).
+Two kinds of positions. *Continuations*: what speculation meets, the target's own continuations
+of held-out prompts. *Text*: held-out files themselves, where both models see the true text.
+In both the target takes its token with the request's noise, and the draft ranks its guesses
+with the same noise (coupled) or without any (uncoupled).
 """
 
 import argparse
@@ -13,13 +14,13 @@ import numpy as np
 import torch
 from common import conditions, finish
 
+from outrider import LLM, SamplingParams
 from outrider.actors.model_runner import ModelRunner
 from outrider.models.batch import prefill_rows
 from outrider.models.demo import corpus, pair
 from outrider.models.loader import LoadedModel, load_model
 from outrider.models.numerics import MAX_ROWS, Numerics
 from outrider.speculation.sampling import LogitProcessor, TokenChooser
-from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.tree import DraftTree
 
 WINDOW = 512
@@ -37,6 +38,21 @@ def logits_of(model: LoadedModel, ids: np.ndarray) -> torch.Tensor:
         parts.append(runner.forward(sequence, rows, first_logit_row=0))
         sequence.length += len(rows.tokens)
     return torch.cat(parts)
+
+
+def continuations(
+    llm: LLM, prompts: list[str], temperature: float, tokens: int, seed: int
+) -> list[tuple[np.ndarray, int]]:
+    """Prompt with continuation, and the prompt's length; every prompt has its own seed."""
+    texts = []
+    for index, prompt in enumerate(prompts):
+        params = SamplingParams(
+            temperature=temperature, max_tokens=tokens, seed=seed + index, ignore_eos=True
+        )
+        (output,) = llm.generate(prompt, params, speculative=False)
+        ids = output.prompt_token_ids
+        texts.append((np.array(ids + output.outputs[0].token_ids), len(ids)))
+    return texts
 
 
 def windows(model: LoadedModel, positions: int, seed: int) -> list[np.ndarray]:
@@ -65,13 +81,33 @@ def ranks(
     return tuple((order > order.gather(1, mine)).sum(1).numpy() for order in orders)  # type: ignore[return-value]
 
 
+def shares(
+    target: LoadedModel,
+    draft: LoadedModel,
+    texts: list[tuple[np.ndarray, int]],
+    temperature: float,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Share of positions from each text's first one on whose token is among the first k, by k."""
+    found = []
+    for index, (ids, first) in enumerate(texts):
+        both = ranks(logits_of(target, ids), logits_of(draft, ids), temperature, seed + index)
+        found.append([order[max(0, first - 1) :] for order in both])
+    coupled, uncoupled = (np.concatenate(each) for each in zip(*found, strict=True))
+    return {
+        "coupled": {str(k): round(float((coupled < k).mean()), 4) for k in RANKS},
+        "uncoupled": {str(k): round(float((uncoupled < k).mean()), 4) for k in RANKS},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--target", default=str(pair.TARGET))
     parser.add_argument("--draft", default=str(pair.DRAFT))
-    parser.add_argument("--positions", type=int, default=4000)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -79,25 +115,20 @@ def main() -> None:
         load_model(name, dtype="auto", numerics=Numerics.FAST, max_model_len=None)
         for name in (args.target, args.draft)
     )
-    pairs = [(logits_of(target, w), logits_of(draft, w)) for w in windows(target, args.positions, args.seed)]
-    result: dict[str, object] = {}
+    llm = LLM(args.target, numerics="fast")
+    prompts = corpus.held_out_prompts(args.prompts)
+    held_out = [(ids, 0) for ids in windows(target, args.prompts * args.tokens, args.seed)]
+    result: dict[str, dict[str, object]] = {"continuations": {}, "text": {}}
     for temperature in TEMPERATURES:
-        coupled, uncoupled = (
-            np.concatenate(each)
-            for each in zip(
-                *(ranks(t, d, temperature, args.seed + i) for i, (t, d) in enumerate(pairs)), strict=True
+        generated = continuations(llm, prompts, temperature, args.tokens, args.seed)
+        for kind, texts in (("continuations", generated), ("text", held_out)):
+            found = shares(target, draft, texts, temperature, args.seed)
+            result[kind][str(temperature)] = found
+            firsts = "  ".join(f"{k}: {share:.3f}" for k, share in found["coupled"].items())
+            print(
+                f"T={temperature} {kind}: among the first {firsts}; alone first {found['uncoupled']['1']:.3f}"
             )
-        )
-        shares = {
-            "coupled": {str(k): round(float((coupled < k).mean()), 4) for k in RANKS},
-            "uncoupled": {str(k): round(float((uncoupled < k).mean()), 4) for k in RANKS},
-        }
-        result[str(temperature)] = shares
-        print(
-            f"T={temperature}: "
-            + "  ".join(f"{name} first {k}: {v:.3f}" for name, s in shares.items() for k, v in s.items())
-        )
-    positions = sum(len(t) for t, _ in pairs)
+    positions = args.prompts * args.tokens
     finish({"acceptance": result, "positions": positions, **conditions(dtype=str(target.decoder.dtype))})
 
 

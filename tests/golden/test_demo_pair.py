@@ -100,6 +100,24 @@ def test_speculation_changes_no_token(name: str, llm: LLM) -> None:
     assert accepted > 100, "nothing was shown if nothing was drafted"
 
 
+@pytest.mark.parametrize(("temperature", "floor"), [(0.0, 0.80), (1.0, 0.55)])
+def test_the_draft_s_first_choice_is_often_the_target_s_token(temperature: float, floor: float) -> None:
+    config = {
+        "model": str(pair.DRAFT),
+        "num_speculative_tokens": 1,
+        "tree": {"adaptive": False, "depth": 1},
+    }
+    llm = LLM(str(pair.TARGET), speculative_config=config)
+    drafted = accepted = 0
+    for seed, prompt in enumerate(corpus.held_out_prompts(16)):
+        params = SamplingParams(temperature=temperature, max_tokens=64, seed=seed, ignore_eos=True)
+        found = llm.generate(prompt, params)[0].outputs[0].stats
+        drafted += found.num_draft_tokens
+        accepted += found.num_accepted_tokens
+    assert drafted > 400
+    assert accepted / drafted >= floor
+
+
 def test_n_choices_differ_and_come_back_with_the_seed(llm: LLM) -> None:
     params = SamplingParams(temperature=1.0, n=3, max_tokens=24)
     (first,) = llm.generate("import os\n", params)
