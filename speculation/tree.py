@@ -92,3 +92,7 @@ class DraftTree:
             if np.array_equal(wider, mask):
                 return mask
             mask, jump = wider, jump[jump]
+
+
+EMPTY_TREE = DraftTree.empty()
+"""A tree without nodes: verifying it is one step of plain decoding."""
