@@ -17,7 +17,7 @@ from outrider.speculation.pipelines.serial import TreeShape
 from outrider.speculation.request import Request
 from outrider.speculation.sampling import LogitProcessor, TokenChooser
 from outrider.speculation.stopping import ending_ids
-from outrider.speculation.tree import EMPTY_TREE, ROOT, DraftTree, Law
+from outrider.speculation.tree import ROOT, DraftTree, Law
 from outrider.speculation.types import FloatArray, IntArray
 
 TREE_CAPACITY = 256
@@ -170,7 +170,7 @@ class ModelDraftSession:
     def _process(self, frontier: IntArray, logits: torch.Tensor) -> torch.Tensor:
         """Applies the request's sampling parameters along each node's path."""
         if frontier[0] == ROOT or not self._processor.depends_on_path:
-            return self._processor.process(logits, EMPTY_TREE, np.zeros(len(frontier), np.int64))
+            return self._processor.process(logits, DraftTree.empty(), np.zeros(len(frontier), np.int64))
         nodes = np.unique(self._ancestors(frontier))
         nodes = nodes[nodes != ROOT]
         nodes = nodes[np.argsort(self.tree.depths[nodes], kind="stable")]

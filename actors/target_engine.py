@@ -15,7 +15,7 @@ from outrider.speculation.request import Request, StepOutput
 from outrider.speculation.sampling import NO_TOKEN, LogitProcessor, TokenChooser, row_positions
 from outrider.speculation.statistics import SpeculationStatistics
 from outrider.speculation.stopping import StopChecker, TextSource, ending_ids
-from outrider.speculation.tree import EMPTY_TREE, ROOT, DraftTree
+from outrider.speculation.tree import ROOT, DraftTree
 from outrider.speculation.types import IntArray, Verdict, Verifier
 
 Clock = Callable[[], float]
@@ -145,7 +145,7 @@ class RequestRun:
         draft = self._draft
         # The last token is the target's own whatever is drafted.
         if draft is None or self._length + 1 >= self._limit:
-            return EMPTY_TREE
+            return DraftTree.empty()
         while isinstance(action := self._pipeline.decide(draft.tree), Grow):
             began = self._engine.clock()
             rows = draft.grow(action.width)

@@ -2,7 +2,7 @@
 
 import enum
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +60,7 @@ class DraftTree:
             raise ValueError(f"a path has {self.depths.max()} nodes, more than {MAX_TREE_DEPTH}")
 
     @classmethod
+    @cache
     def empty(cls, law: Law = Law.DETERMINISTIC) -> "DraftTree":
         """A tree without nodes: verifying it is one step of plain decoding."""
         none = np.zeros(0, np.int64)
@@ -92,7 +93,3 @@ class DraftTree:
             if np.array_equal(wider, mask):
                 return mask
             mask, jump = wider, jump[jump]
-
-
-EMPTY_TREE = DraftTree.empty()
-"""A tree without nodes: verifying it is one step of plain decoding."""
