@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,31 @@ TINY = {
     "eos_token_id": 0,
     "tie_word_embeddings": False,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _start_with_one_thread() -> None:
+    """Products this small are fastest on one thread, above all on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _leave_one_thread() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def outrider_(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in this process; exit code, standard output and standard error."""
+    from outrider.cluster.cli.main import main
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = main(words)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The embedded pair end to end: what a user gets without arguments, checked from outside."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +17,6 @@ from outrider.models.inflate import count_parameters
 from outrider.models.weights import Checkpoint
 
 FALSE_ALARM = 1e-4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

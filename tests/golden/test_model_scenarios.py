@@ -1,6 +1,5 @@
 """Scenarios 2, 5, 6 and 7 of design §8 and the draft model's sessions, on a tiny random Llama."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +37,6 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "seeded": {"temperature": 0.9, "seed": 5},
 }
 PENALTIES = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "top_p": 0.95, "min_tokens": 12}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Products this small are fastest on one thread, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -6,29 +6,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import outrider
 from outrider.cluster.cli import output
-from outrider.cluster.cli.main import main
 
 ENTRY = [sys.executable, "-c", "import sys; from outrider.cluster.cli.main import main; sys.exit(main())"]
 DRAFT_ALWAYS = '{"tree": {"adaptive": false}}'
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # More would only wait for each other over models this small, long on a busy machine.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +28,6 @@ def target(make_model_folder: Any) -> str:
 @pytest.fixture(scope="module")
 def draft(make_model_folder: Any) -> str:
     return str(make_model_folder("llama", seed=1, num_hidden_layers=1))
-
-
-@pytest.fixture
-def outrider_(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command line here; exit code, standard output and standard error."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        code = main(words)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def rows(text: str) -> list[dict[str, Any]]:

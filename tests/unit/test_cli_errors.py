@@ -8,21 +8,8 @@ from pathlib import Path
 import pytest
 
 from outrider.cluster.cli import generate
-from outrider.cluster.cli.main import main
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def outrider_(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command line here; exit code, standard output and standard error."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        code = main(words)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 WRONG: list[tuple[list[str], str]] = [
