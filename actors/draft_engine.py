@@ -10,7 +10,7 @@ import torch
 
 from outrider.actors.model_runner import ModelRunner
 from outrider.models.batch import Rows, prefill_rows
-from outrider.models.numerics import MAX_ROWS
+from outrider.models.numerics import MAX_ROWS, MAX_TAIL
 from outrider.speculation.calibration import RankCalibration
 from outrider.speculation.living_tree import LivingTree, Reroot
 from outrider.speculation.pipelines.serial import TreeShape
@@ -20,7 +20,7 @@ from outrider.speculation.stopping import ending_ids
 from outrider.speculation.tree import ROOT, DraftTree, Law
 from outrider.speculation.types import FloatArray, IntArray
 
-TREE_CAPACITY = 256
+TREE_CAPACITY = MAX_TAIL
 """Nodes that a draft tree holds, and KV entries that a session keeps for them."""
 MIN_SCORE = 0.003
 """Children less likely than this, given their parent, are not worth a place in the tree."""
@@ -30,7 +30,7 @@ class ModelDraftEngine:
     """Drafts with a draft model that shares the target's vocabulary.
 
     vocab_size: real tokens; the model's head may be padded beyond them.
-    stop_ids: tokens that ``min_tokens`` holds back.
+    eos_ids: tokens that end a text, which ``min_tokens`` holds back.
     """
 
     name = "draft_model"

@@ -12,10 +12,10 @@ from outrider.actors.model_runner import ModelRunner
 from outrider.actors.target_engine import TargetEngine, TargetModel
 from outrider.cluster.speculative_config import SpeculativeConfig
 from outrider.models.demo import pair
-from outrider.models.loader import load_model
+from outrider.models.loader import context_length, load_model
 from outrider.models.numerics import Numerics
 from outrider.models.tokenizer import IncrementalDetokenizer, check_same_vocabulary
-from outrider.speculation.errors import InvalidConfigError, InvalidRequestError
+from outrider.speculation.errors import InvalidConfigError, InvalidRequestError, VocabularyMismatchError
 from outrider.speculation.pipelines.serial import TreeShape
 from outrider.speculation.request import Completion, Request, StepOutput
 from outrider.speculation.sampling_params import SamplingParams
@@ -45,7 +45,7 @@ class LLM:
     model: folder or hub id of the target; None takes the embedded demo pair.
     speculative_config: see ``SpeculativeConfig``; None decodes plainly, but for the
         embedded pair, whose draft model then drafts. ``{}`` looks n-grams up.
-    dtype: ``auto`` (as saved), ``bfloat16``, ``float32`` or ``float64``.
+    dtype: ``auto`` (as saved; float32 for float16), ``bfloat16``, ``float32`` or ``float64``.
     numerics: ``canonical``, the default, gives a row the same bits whatever runs beside
         it; ``fast`` saves some time and may leave plain decoding at a near-tie.
     max_model_len: tokens of the longest sequence.
@@ -76,6 +76,8 @@ class LLM:
             numerics=kind,
             max_model_len=max_model_len,
         )
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+            raise InvalidConfigError(f"seed must be None or a non-negative integer, not {seed!r}")
         self._seeds = np.random.default_rng(seed)
         shape = TreeShape() if config is None else config.shape
         drafting = None if config is None else self._make_drafting(config, dtype)
@@ -121,6 +123,9 @@ class LLM:
         if params.n != 1:
             raise InvalidRequestError(f"n must be 1 to stream, not {params.n}")
         _, (request,) = self.prepare(prompt, params, speculative=speculative)
+        return self._steps(request)
+
+    def _steps(self, request: Request) -> Iterator[StepOutput]:
         with self.engine.start(request) as run:
             while not run.finished:
                 yield run.step()
@@ -174,7 +179,7 @@ class LLM:
     def _tokenize(self, prompt: Prompt) -> tuple[str, IntArray]:
         """Text and token ids of a prompt given as either."""
         tokenizer, limit = self.model.tokenizer, self.model.decoder.max_model_len
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
+        ids = tokenizer.encode(_encodable(prompt)) if isinstance(prompt, str) else _token_ids(prompt)
         if not ids:
             raise InvalidRequestError(f"the prompt {prompt!r} has no tokens")
         vocab = self.model.vocab_size
@@ -199,26 +204,39 @@ class LLM:
                 num_speculative_tokens=min(config.num_speculative_tokens, MAX_TREE_DEPTH),
             )
         assert config.model is not None
-        draft = load_model(
-            config.model, dtype=dtype, numerics=Numerics.FAST, max_model_len=config.max_model_len
-        )
+        limit = min(config.max_model_len or self.model.decoder.max_model_len, context_length(config.model))
+        draft = load_model(config.model, dtype=dtype, numerics=Numerics.FAST, max_model_len=limit)
         check_same_vocabulary(self.model.tokenizer, draft.tokenizer)
+        if draft.vocab_size < self.model.vocab_size:
+            raise VocabularyMismatchError(
+                f"the draft's head has {draft.vocab_size} tokens, the target's {self.model.vocab_size}"
+            )
         return ModelDraftEngine(
             ModelRunner(draft.decoder, max_nodes=TREE_CAPACITY),
             shape=config.shape,
-            vocab_size=min(self.model.vocab_size, draft.vocab_size),
+            vocab_size=self.model.vocab_size,
             eos_ids=self.model.eos_ids,
         )
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     """One prompt or several: a string, or a list of numbers, is one."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
         return [cast(Prompt, prompts)]
     return cast(Sequence[Prompt], prompts)
 
 
+def _encodable(prompt: str) -> str:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(f"the prompt is not valid text: {error}") from None
+    return prompt
+
+
 def _token_ids(prompt: Sequence[int]) -> list[int]:
+    if not isinstance(prompt, (Sequence, np.ndarray)):
+        raise InvalidRequestError(f"a prompt is text or token ids, and {prompt!r} is neither")
     for each in prompt:
         if isinstance(each, bool) or not isinstance(each, (int, np.integer)):
             raise InvalidRequestError(f"a prompt is text or token ids, and {each!r} is neither")

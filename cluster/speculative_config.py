@@ -1,12 +1,13 @@
 """``speculative_config``: vLLM's keys, and ours beside them."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from outrider.speculation.errors import InvalidConfigError
 from outrider.speculation.pipelines.serial import DEFAULT_SPECULATIVE_TOKENS, TreeShape
+from outrider.speculation.verifiers.registry import VERIFIERS
 
 METHODS = ("draft_model", "ngram")
 PIPELINES = ("serial",)
@@ -21,7 +22,8 @@ class SpeculativeConfig:
     num_speculative_tokens: most draft tokens that one target step verifies.
     prompt_lookup_min, prompt_lookup_max: lengths of the n-grams that ``ngram`` looks up.
     max_model_len: limit of the draft model's context; the target's by default.
-    pipeline, verification: see docs/architecture.md.
+    pipeline: ``serial``, draft and verify in turns.
+    verification: ``coupled`` or ``greedy``; both match the target's own tokens.
     tree: ``width``, ``children``, ``depth`` and ``adaptive`` of ``TreeShape``.
     """
 
@@ -43,6 +45,8 @@ class SpeculativeConfig:
             InvalidConfigError: a key is unknown (the message names the nearest one) or a
                 value is not possible.
         """
+        if not isinstance(values, Mapping):
+            raise InvalidConfigError(f"speculative_config must be a mapping, not {values!r}")
         refuse_unknown("speculative_config", values, (each.name for each in fields(cls)))
         config = cls(**{"method": "draft_model" if "model" in values else "ngram", **values})
         config._check()
@@ -67,6 +71,7 @@ class SpeculativeConfig:
             )
         _choose("method", self.method, METHODS)
         _choose("pipeline", self.pipeline, PIPELINES)
+        _choose("verification", self.verification, VERIFIERS)
         if self.method == "draft_model" and not self.model:
             raise InvalidConfigError("speculative_config: method 'draft_model' needs a model")
         if self.method != "draft_model" and self.model:
@@ -89,8 +94,8 @@ def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> No
             raise InvalidConfigError(f"{where}: unknown key {key!r}; did you mean {nearest!r}?")
 
 
-def _choose(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+def _choose(name: str, value: object, choices: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
         raise InvalidConfigError(
             f"speculative_config: {name} must be one of {', '.join(choices)}, not {value!r}"
         )

@@ -42,7 +42,7 @@ class Batch:
     """Tensors of one forward of R rows.
 
     tokens, positions, slots: int64 ``[R]``.
-    logit_rows: the first row whose logits are wanted; R means none.
+    first_logit_row: the first row whose logits are wanted; R means none.
     """
 
     tokens: torch.Tensor

@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 
 from outrider.kernels.linear import Linear
-from outrider.kernels.tree_attention import TAIL, Scratch, TreeAttention
+from outrider.kernels.tree_attention import Scratch, TreeAttention
 from outrider.models.batch import Batch
 from outrider.models.config import ModelConfig
 from outrider.models.kv_cache import TRASH_SLOT, KVCache
 from outrider.models.layers import Block
-from outrider.models.numerics import FAST, MAX_ROWS, Numerics, RowClasses, probe
+from outrider.models.numerics import FAST, MAX_ROWS, MAX_TAIL, Numerics, RowClasses, probe
 from outrider.models.rope import rope_frequencies
 from outrider.models.weights import Checkpoint
 from outrider.speculation.tree import MAX_TREE_DEPTH
@@ -46,7 +46,7 @@ class Decoder:
         G = config.num_kv_heads
         self.heads = (G, config.num_heads // G, config.head_dim)
         self.rotation = self._rotation_table()
-        self.scratch = Scratch(MAX_ROWS, config.num_heads, max_model_len + TAIL, self.attention_dtype)
+        self.scratch = Scratch(MAX_ROWS, config.num_heads, max_model_len + MAX_TAIL, self.attention_dtype)
         self.classes = self._row_classes(numerics)
 
     @property

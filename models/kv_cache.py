@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.kv_move import kv_move
+from outrider.speculation.errors import OutOfBlocksError
 
 BLOCK = 32
 NULL_SLOT = 0
@@ -71,7 +72,7 @@ class KVSequence:
         position_blocks = blocks_for(max_tokens)
         blocks = cache.allocate(position_blocks + blocks_for(max_nodes))
         if blocks is None:
-            raise MemoryError(
+            raise OutOfBlocksError(
                 f"{max_tokens} tokens and {max_nodes} nodes do not fit the KV cache: "
                 f"{cache.num_free_blocks} blocks of {BLOCK} are free"
             )

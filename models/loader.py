@@ -36,9 +36,10 @@ class LoadedModel:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Every token that ends a text."""
+        """Every token that ends a text; a configuration may name some that cannot be chosen."""
         own = self.tokenizer.eos_token_id
-        return tuple(dict.fromkeys((*self.config.eos_token_ids, *(() if own is None else (own,)))))
+        named = (*self.config.eos_token_ids, *(() if own is None else (own,)))
+        return tuple(each for each in dict.fromkeys(named) if each < self.vocab_size)
 
 
 def load_model(
@@ -56,9 +57,10 @@ def load_model(
     folder = resolve_model(name_or_path)
     config = load_config(folder)
     limit = config.max_position_embeddings
-    if max_model_len is not None and not 1 < max_model_len <= limit:
+    whole = isinstance(max_model_len, int) and not isinstance(max_model_len, bool)
+    if max_model_len is not None and not (whole and 1 < max_model_len <= limit):
         raise InvalidConfigError(
-            f"max_model_len must be from 2 to {folder.name}'s {limit}, not {max_model_len}"
+            f"max_model_len must be from 2 to {folder.name}'s {limit}, not {max_model_len!r}"
         )
     decoder = Decoder(
         config,
@@ -70,10 +72,16 @@ def load_model(
     return LoadedModel(folder=folder, config=config, decoder=decoder, tokenizer=Tokenizer.load(folder))
 
 
+def context_length(name_or_path: str) -> int:
+    """Tokens of the longest sequence that a model was made for; errors as for ``load_model``."""
+    return load_config(resolve_model(name_or_path)).max_position_embeddings
+
+
 def _dtype(name: str, config: ModelConfig) -> torch.dtype:
     wanted = config.dtype if name == "auto" else name
     if wanted == "float16" and name == "auto":
-        return torch.bfloat16
+        # No CPU kernels worth having; float32 holds every float16 value.
+        return torch.float32
     if wanted not in DTYPES:
         raise InvalidConfigError(f"dtype must be auto, {', '.join(DTYPES)}, not {name!r}")
     return DTYPES[wanted]

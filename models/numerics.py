@@ -2,7 +2,7 @@
 
 A matrix product may reduce a row in another order when other rows stand beside it. Which row
 counts are safe depends on shape, dtype, threads and library, so it is found out at start-up:
-a quantum q is taken when products of every multiple of q rows agree bitwise with each other.
+a quantum is taken when rows agree bitwise in all products padded to its multiples.
 """
 
 import enum
@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from outrider.kernels.linear import Linear
-from outrider.kernels.tree_attention import TAIL, AttentionGroup, Scratch, TreeAttention
+from outrider.kernels.tree_attention import STRIDE, TAIL, AttentionGroup, Scratch, TreeAttention
 from outrider.speculation.errors import ModelError
 
 MAX_ROWS = 64
 """Rows of the largest forward; longer prompts go in chunks."""
+MAX_TAIL = 256
+"""Nodes that rows of one sequence may attend together; draft trees hold no more."""
 QUANTA = (1, 2, 4, 8, 16, 32, MAX_ROWS)
 PROBED_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 20, 24, 31, 32, 33, 40, 48, 56, 63, 64)
 
@@ -46,27 +48,29 @@ class RowClasses:
 FAST = RowClasses(canonical=False)
 
 
-def smallest_quantum(product: Callable[[int, int], torch.Tensor], name: str) -> int:
-    """The smallest quantum whose multiples all give equal rows.
+Product = Callable[[int, int, int], torch.Tensor]
+"""``(first, count, quantum)``: rows ``[first, first + count)`` of one fixed input, computed
+together with as many further rows as fill up a multiple of the quantum."""
 
-    product: ``(first, count)`` computes rows ``[first, first + count)`` of one fixed input.
+
+def smallest_quantum(product: Product, name: str) -> int:
+    """The smallest quantum with which rows agree bitwise however many are computed.
 
     Raises:
         ModelError: not even full forwards agree with themselves.
     """
-    reference = product(0, MAX_ROWS)
+    reference = product(0, MAX_ROWS, MAX_ROWS)
     for quantum in QUANTA:
-        counts = [rows for rows in PROBED_ROWS if rows % quantum == 0]
-        if all(_agrees(product, reference, rows) for rows in counts):
+        if all(_agrees(product, reference, rows, quantum) for rows in PROBED_ROWS):
             return quantum
     raise ModelError(f"{name}: no row class gives reproducible results; use numerics 'fast'")
 
 
-def _agrees(product: Callable[[int, int], torch.Tensor], reference: torch.Tensor, rows: int) -> bool:
+def _agrees(product: Product, reference: torch.Tensor, rows: int, quantum: int) -> bool:
     """Whether ``rows`` rows, taken from the front and from the back, equal the reference's."""
     last = MAX_ROWS - rows
-    return torch.equal(product(0, rows), reference[:rows]) and torch.equal(
-        product(last, rows), reference[last:]
+    return torch.equal(product(0, rows, quantum), reference[:rows]) and torch.equal(
+        product(last, rows, quantum), reference[last:]
     )
 
 
@@ -82,16 +86,21 @@ def probe(
     generator = torch.Generator().manual_seed(0)
     distinct = {(linear.shape, linear.packed): linear for linear in linears}
     linear_quanta = [_linear_quantum(linear, dtype, generator) for linear in distinct.values()]
-    key_counts = sorted({0, TAIL, max(0, max_keys // 2 // TAIL * TAIL), max_keys // TAIL * TAIL})
+    longest = max(0, max_keys // STRIDE - 1) * STRIDE
+    key_counts = sorted({0, min(STRIDE, longest), min(7 * STRIDE, longest), longest})
     attention_quanta = [_attention_quantum(heads, S, attention_dtype, generator) for S in key_counts]
     return RowClasses(canonical=True, linear=max(linear_quanta), attention=max(attention_quanta))
 
 
 def _linear_quantum(linear: Linear, dtype: torch.dtype, generator: torch.Generator) -> int:
     x = torch.randn(MAX_ROWS, linear.shape[1], generator=generator).to(dtype)
-    return smallest_quantum(
-        lambda first, count: linear(x[first : first + count].clone()), f"linear {linear.shape}"
-    )
+
+    def product(first: int, count: int, quantum: int) -> torch.Tensor:
+        padded = x.new_zeros(-(-count // quantum) * quantum, x.shape[1])
+        padded[:count] = x[first : first + count]
+        return linear(padded)[:count]
+
+    return smallest_quantum(product, f"linear {linear.shape}")
 
 
 def _attention_quantum(
@@ -102,11 +111,11 @@ def _attention_quantum(
     q = torch.randn(MAX_ROWS, G, Q, D, generator=generator).to(dtype)
     scratch = Scratch(MAX_ROWS, G * Q, S + TAIL, dtype)
 
-    def product(first: int, count: int) -> torch.Tensor:
+    def product(first: int, count: int, quantum: int) -> torch.Tensor:
         group = AttentionGroup(
             rows=None,
             num_rows=count,
-            padded=count,
+            padded=-(-count // quantum) * quantum,
             shared=(0, S),
             tail_slots=torch.arange(S, S + TAIL).repeat(count),
             tail_mask=torch.zeros(count, 1, TAIL, dtype=dtype),

@@ -35,3 +35,7 @@ class CheckpointError(ModelError):
 
 class VocabularyMismatchError(ModelError):
     """Draft and target do not share a vocabulary (mere padding of the head is fine)."""
+
+
+class OutOfBlocksError(OutriderError):
+    """The KV cache has no room for one more sequence; close another one first."""

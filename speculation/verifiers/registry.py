@@ -7,7 +7,7 @@ from outrider.speculation.types import Verifier
 from outrider.speculation.verifiers.coupled import CoupledVerifier
 from outrider.speculation.verifiers.greedy import GreedyVerifier
 
-_VERIFIERS: dict[str, type[Verifier]] = {
+VERIFIERS: dict[str, type[Verifier]] = {
     CoupledVerifier.name: CoupledVerifier,
     GreedyVerifier.name: GreedyVerifier,
 }
@@ -19,7 +19,7 @@ def make_verifier(name: str) -> Verifier:
     Raises:
         InvalidConfigError: there is none; the message names the nearest one.
     """
-    if name in _VERIFIERS:
-        return _VERIFIERS[name]()
-    nearest = difflib.get_close_matches(name, _VERIFIERS, n=1, cutoff=0.0)[0]
+    if name in VERIFIERS:
+        return VERIFIERS[name]()
+    nearest = difflib.get_close_matches(name, VERIFIERS, n=1, cutoff=0.0)[0]
     raise InvalidConfigError(f"unknown verification {name!r}; did you mean {nearest!r}?")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from outrider.models.kv_cache import BLOCK, NULL_SLOT, KVCache, KVSequence, blocks_for
+from outrider.speculation.errors import OutOfBlocksError
 
 
 def make_cache(blocks: int) -> KVCache:
@@ -51,7 +52,7 @@ def test_a_leak_and_a_write_to_the_null_slot_are_noticed() -> None:
 
 
 def test_a_sequence_that_does_not_fit_says_so() -> None:
-    with pytest.raises(MemoryError, match=r"97 tokens and 3 nodes .* 4 blocks"):
+    with pytest.raises(OutOfBlocksError, match=r"97 tokens and 3 nodes .* 4 blocks"):
         KVSequence(make_cache(4), max_tokens=3 * BLOCK + 1, max_nodes=3)
 
 
