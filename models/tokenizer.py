@@ -169,8 +169,8 @@ def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:
     """
     if target.fingerprint == draft.fingerprint:
         return
-    differing = dict(target.vocabulary.items() ^ draft.vocabulary.items())
-    token = min(differing, key=lambda token: (differing[token], token))
+    differing = {token for token, _ in target.vocabulary.items() ^ draft.vocabulary.items()}
+    token = min(differing, key=lambda token: (target.vocabulary.get(token, 2**32), token))
     raise VocabularyMismatchError(
         f"draft and target have different vocabularies ({draft.vocab_size} and {target.vocab_size} tokens): "
         f"{token!r} is {_id_text(draft, token)} in the draft and {_id_text(target, token)} in the target"
