@@ -3,10 +3,10 @@
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ def conditions(**more: Any) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "transformers": version("transformers"),
         "threads": torch.get_num_threads(),
         **more,
     }
@@ -53,10 +54,6 @@ def median_ratio(numerator: Sequence[float], denominator: Sequence[float], seed:
         "high": round(float(high), 3),
         "pairs": len(ratios),
     }
-
-
-def median_ms(seconds: Sequence[float]) -> float:
-    return round(statistics.median(seconds) * 1e3, 3)
 
 
 def finish(result: dict[str, Any]) -> None:
