@@ -186,8 +186,11 @@ class TokenChooser:
         return probs if self._greedy else probs.div_(self._noise(logits, positions))
 
     def _noise(self, logits: torch.Tensor, positions: IntArray) -> torch.Tensor:
-        keys = torch.from_numpy(position_keys(self._state, positions)).to(logits.device)
-        return exponential_noise(keys[0], keys[1], logits.shape[1])
+        # Siblings and cousins choose for the same position, with the same noise.
+        distinct, rows = np.unique(positions, return_inverse=True)
+        keys = torch.from_numpy(position_keys(self._state, distinct)).to(logits.device)
+        noise = exponential_noise(keys[0], keys[1], logits.shape[1])
+        return noise if len(distinct) == len(rows) == 1 else noise[torch.from_numpy(rows).to(logits.device)]
 
 
 def _has_penalties(params: SamplingParams) -> bool:

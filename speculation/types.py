@@ -56,7 +56,7 @@ class Verifier(Protocol):
             the root (index 0) and after each node i (index i + 1).
 
         Raises:
-            ValueError: the tree's law is not one of ``laws``, or the lengths differ.
+            ValueError: the lengths differ.
         """
         ...
 
