@@ -49,11 +49,11 @@ class Reroot:
 
 
 class LivingTree(TreeSlots):
-    """A mutable tree below the last committed token (design §1), as arrays of fixed capacity.
+    """A mutable tree below the last committed token, as arrays of fixed capacity.
 
     A node is known by its slot, which stays the same until the node is removed; then it may
     be given to another node. Path scores are products of conditional scores, so they never
-    increase downwards: the best nodes are a connected tree (OPT-Tree, methods T4) and the
+    increase downwards: the best nodes are a connected tree (OPT-Tree, Wang et al.) and the
     worst ones can go without orphaning any. Parents are older than their children, hence
     "best score first, then smaller depth, then older" puts every parent before its children.
 

@@ -2,7 +2,7 @@
 
 Both questions maximise expected tokens per second of one target step. With path scores
 ``s`` (best first), a step over the n best nodes yields ``1 + s_1 + ... + s_n`` tokens on
-average (OPT-Tree, methods T4; the 1 is the target's own token).
+average (OPT-Tree, Wang et al.; the 1 is the target's own token).
 """
 
 import numpy as np
@@ -66,14 +66,14 @@ def worth_growing(
     *,
     patience: float = 1.0,
 ) -> bool:
-    """Whether one more draft step pays while the target waits for it (design §7, linger).
+    """Whether one more draft step pays while the target waits for it.
 
     expanded_scores: ``[w]``, path scores of the nodes that the step would expand.
     child_hit_probability: scalar or ``[w]``, chance that one of a node's new children is
         the target's token, given that the node is accepted.
     growth_seconds: the draft step, plus what its nodes add to the target's step.
     current_rate: tokens per second without the step, see ``best_rate``.
-    patience: κ of design §7. More than 1 waits less: what the drafter would grow anyway
+    patience: more than 1 waits less: what the drafter would grow anyway
         during the target's step is then worth more than waiting. Infinite: never wait.
 
     The step is expected to gain ``g = Σ score_i * hit_i`` tokens in ``t`` seconds. It raises

@@ -11,7 +11,7 @@ DEFAULT_SECONDS = 0.05
 """Assumed time of a one-row step before anything is known."""
 
 DEFAULT_SLOPE = 0.025
-"""Assumed cost of one more row in one-row steps: bf16 on CPU, 16 rows for 1.38 (design §5)."""
+"""Assumed cost of one more row in one-row steps: bf16 on CPU, 16 rows for 1.38."""
 
 MEMORY = 20
 """Observations of a row count over which it averages; from then on a new one weighs 1 / MEMORY."""

@@ -17,7 +17,7 @@ _BASE = 0x1F3D5B79A6C8E024
 
 
 class NgramDrafter:
-    """vLLM's ``ngram``, prompt lookup decoding (methods D4, PLD).
+    """vLLM's ``ngram``, prompt lookup decoding.
 
     The longest suffix of ``prompt_lookup_max`` down to ``prompt_lookup_min`` tokens that
     occurred before is looked up, and the tokens after its most recent earlier occurrence

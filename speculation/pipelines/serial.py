@@ -2,7 +2,7 @@
 
 Between two commits the tree grows while one more draft step is expected to pay; then the best
 subtree at hand is verified. Vanilla speculative decoding, with trees and with both lengths
-chosen by expected tokens per second (design: "When to wait"). Durations come in as numbers,
+chosen by expected tokens per second (``speculation/selection.py``). Durations come in as numbers,
 so the same machine runs on a real or a simulated clock.
 """
 

@@ -6,7 +6,7 @@ from outrider.speculation.verifiers.match import match
 
 
 class CoupledVerifier:
-    """Coupled sampling (design §2; coupling without communication, Daliri, Musco, Suresh).
+    """Coupled sampling (Daliri, Musco and Suresh, coupling without communication).
 
     The target's token at a position is its draw with the request's counter-based noise,
     which no draft can influence. Only such draws are committed, whatever the tree holds, so

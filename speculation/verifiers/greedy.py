@@ -6,7 +6,7 @@ from outrider.speculation.verifiers.match import match
 
 
 class GreedyVerifier:
-    """Greedy tree match (methods V2).
+    """Greedy tree match.
 
     Only the target's own first choices are committed, so the output equals plain greedy
     decoding whatever the law by which siblings were produced.
@@ -16,5 +16,5 @@ class GreedyVerifier:
     laws = frozenset(Law)
 
     def verify(self, tree: DraftTree, target_tokens: IntArray) -> Verdict:
-        """See ``Verifier.verify``; ``target_tokens`` are the argmax after each node."""
+        """See ``Verifier.verify``; ``target_tokens`` are the argmax after each node at temperature 0."""
         return match(tree, target_tokens)

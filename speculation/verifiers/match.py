@@ -7,7 +7,7 @@ from outrider.speculation.types import IntArray, Verdict
 
 
 def match(tree: DraftTree, target_tokens: IntArray) -> Verdict:
-    """The longest path of ``tree`` on which every token is the target's own (methods V2, V6).
+    """The longest path of ``tree`` on which every token is the target's own.
 
     A node is accepted when its token equals the target's after its parent and its parent is
     accepted. Accepted nodes of equal depth differ only if someone sent the same child twice;

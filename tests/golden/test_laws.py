@@ -1,4 +1,4 @@
-"""Laws of the output at T > 0 on TableLM: exact ones by enumeration, and the real noise's (design §8.1)."""
+"""Laws of the output at T > 0 on TableLM: exact ones by enumeration, and the real noise's."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Scenarios 2, 5, 6 and 7 of design §8 and the draft model's sessions, on a tiny random Llama."""
+"""Lengths, acceptance, KV and logits of trees, and the draft model's sessions, on a tiny random Llama."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Scenarios 2, 3 and 5 of design §8 on TableLM, as far as one process goes."""
+"""Exact lengths, ends of text and forward counts on TableLM."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Any drafter, however bad or malicious, leaves the output unchanged (design §8)."""
+"""Any drafter, however bad or malicious, leaves the output unchanged."""
 
 from typing import Any
 

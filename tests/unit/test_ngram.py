@@ -114,7 +114,7 @@ def test_a_text_changed_in_place_by_the_caller_is_noticed() -> None:
 
 @pytest.mark.parametrize(("length", "gamma", "calls"), [(50, 3, 8), (100, 3, 12), (50, 5, 10)])
 def test_regenerating_a_span_costs_what_the_formula_says(length: int, gamma: int, calls: int) -> None:
-    """Gamma plain steps until a gamma-gram matches, then m + 1 tokens per step (methods D4, m = 10).
+    """Gamma plain steps until a gamma-gram matches, then m + 1 tokens per step (CopySpec's count, m = 10).
 
     CopySpec's figures are for the first occurrence. The most recent one costs the same: the
     copy in the making is no earlier occurrence of its own last gamma tokens.
