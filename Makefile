@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test lint clean
+.PHONY: test lint protos clean
 
 # The stamp is newer than what it was made from, so a second run installs nothing.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -19,6 +19,11 @@ lint: $(VENV)/installed
 
 test: lint
 	$(BIN)/pytest
+
+# The generated files are committed: nobody needs a compiler to install.
+protos: $(VENV)/installed
+	$(BIN)/python -m grpc_tools.protoc -Ioutrider/protos=protos \
+		--python_out=src --grpc_python_out=src --pyi_out=src protos/speculation.proto
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

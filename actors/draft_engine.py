@@ -1,21 +1,25 @@
-"""The draft side of a draft model: grows living trees with it, best nodes first.
+"""The draft side of a draft model: grows living trees with it, many in one forward.
 
 A session's KV follows its tree: the node in tree slot s keeps its entry in arena slot s, a
 re-root moves the entries of the committed path into place and leaves the survivors' where
 they are.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from outrider.actors.model_runner import ModelRunner
 from outrider.models.batch import Rows, prefill_rows
+from outrider.models.kv_cache import KVSequence
 from outrider.models.numerics import MAX_ROWS, MAX_TAIL
 from outrider.speculation.calibration import RankCalibration
 from outrider.speculation.living_tree import LivingTree, Reroot
-from outrider.speculation.pipelines.serial import TreeShape
 from outrider.speculation.request import Request
-from outrider.speculation.sampling import LogitProcessor, TokenChooser
+from outrider.speculation.sampling import LogitProcessor, TokenChooser, perturb
+from outrider.speculation.sampling_params import SamplingParams
+from outrider.speculation.statistics import SpeculationStatistics
 from outrider.speculation.stopping import ending_ids
 from outrider.speculation.tree import ROOT, DraftTree, Law
 from outrider.speculation.types import FloatArray, IntArray
@@ -27,60 +31,142 @@ MIN_SCORE = 0.003
 
 
 class ModelDraftEngine:
-    """Drafts with a draft model that shares the target's vocabulary.
+    """Drafts with a draft model that shares the target's vocabulary, for any number of sessions.
 
     vocab_size: real tokens; the model's head may be padded beyond them.
+    """
+
+    max_rows = MAX_ROWS
+
+    def __init__(self, runner: ModelRunner, *, vocab_size: int) -> None:
+        self.runner, self.vocab_size = runner, vocab_size
+        self.calibration = RankCalibration()
+
+    def open_session(
+        self,
+        token_ids: IntArray,
+        prompt_length: int,
+        params: SamplingParams,
+        *,
+        choice: int,
+        children: int,
+        eos_ids: tuple[int, ...],
+    ) -> "ModelDraftSession":
+        """A session behind ``token_ids`` (int64 ``[length]``), of which the prompt is a part.
+
+        Raises:
+            InvalidRequestError: a parameter does not fit the vocabulary.
+            OutOfBlocksError: the KV cache has no room.
+        """
+        prompt_ids, output = token_ids[:prompt_length], token_ids[prompt_length:]
+        processor = LogitProcessor(params, prompt_ids, self.vocab_size, ending_ids(params, eos_ids))
+        processor.commit(output)
+        room = min(self.runner.max_model_len, len(token_ids) + params.max_tokens)
+        return ModelDraftSession(
+            self, token_ids, processor, TokenChooser(params, choice), children, self.runner.open(room)
+        )
+
+    @torch.inference_mode()
+    def grow(self, plan: Sequence[tuple["ModelDraftSession", IntArray]]) -> None:
+        """Expands these slots of these sessions (``ROOT`` alone, or nodes) in one forward.
+
+        A text longer than what is left of a forward goes in pieces: its root stays unexpanded.
+        """
+        plan = [(session, slots) for session, slots in plan if session.fits(slots)]
+        if not plan:
+            return
+        room = self.max_rows - sum(len(slots) for session, slots in plan if not session.root_rows)
+        parts = []
+        for session, slots in plan:
+            parts.append(session.rows(slots, room))
+            room -= len(parts[-1].tokens) if session.root_rows else 0
+        logits = self.runner.forward(parts)
+        counts = [len(part.tokens) - part.first_logit_row for part in parts]
+        ready = [
+            (session, slots, each)
+            for (session, slots), part, each in zip(plan, parts, torch.split(logits, counts), strict=True)
+            if session.computed(part, slots) and len(each)
+        ]
+        if ready:
+            self._add_children(ready)
+
+    def _add_children(self, ready: Sequence[tuple["ModelDraftSession", IntArray, torch.Tensor]]) -> None:
+        """Gives each node its likeliest children, in the order of this very draw's noise."""
+        processed = torch.cat([session.process(slots, logits) for session, slots, logits in ready])
+        choosers = [session.chooser for session, _, _ in ready]
+        positions = [session.child_positions(slots) for session, slots, _ in ready]
+        perturbed = perturb(choosers, processed, positions)
+        most = max(session.children for session, _, _ in ready)
+        best, tokens = perturbed.topk(min(most, perturbed.shape[1]), dim=1)
+        shares = best / perturbed.sum(dim=1, keepdim=True)
+        scores = np.clip(np.nan_to_num(shares.to(torch.float64).numpy(), nan=0.0), 0.0, 1.0)
+        ids, start = tokens.numpy(), 0
+        for session, slots, _ in ready:
+            rows = slice(start, start + len(slots))
+            session.add_children(slots, ids[rows, : session.children], scores[rows, : session.children])
+            start += len(slots)
+
+
+class LocalModelDrafting:
+    """Drafts in the target's own process; a ``DraftEngine``.
+
     eos_ids: tokens that end a text, which ``min_tokens`` holds back.
     """
 
-    name = "draft_model"
+    def __init__(self, engine: ModelDraftEngine, *, children: int, eos_ids: tuple[int, ...]) -> None:
+        self._engine, self._children, self._eos_ids = engine, children, eos_ids
 
-    def __init__(
-        self, runner: ModelRunner, *, shape: TreeShape, vocab_size: int, eos_ids: tuple[int, ...]
-    ) -> None:
-        self.runner, self.shape = runner, shape
-        self.vocab_size, self.eos_ids = vocab_size, eos_ids
-        self.calibration = RankCalibration()
-
-    def open(self, request: Request) -> "ModelDraftSession":
-        return ModelDraftSession(self, request)
+    def open(self, request: Request, stats: SpeculationStatistics) -> "ModelDraftSession":  # noqa: ARG002
+        """See ``DraftEngine``."""
+        return self._engine.open_session(
+            request.prompt_ids,
+            len(request.prompt_ids),
+            request.params,
+            choice=request.choice,
+            children=self._children,
+            eos_ids=self._eos_ids,
+        )
 
 
 class ModelDraftSession:
     """One request's tree, its KV and what the drafter expects of it."""
 
-    def __init__(self, engine: ModelDraftEngine, request: Request) -> None:
-        self.name = engine.name
-        self._engine, self._runner = engine, engine.runner
-        params = request.params
-        self._processor = LogitProcessor(
-            params, request.prompt_ids, engine.vocab_size, ending_ids(params, engine.eos_ids)
-        )
-        self._chooser = TokenChooser(params, request.choice)
+    name = "draft_model"
+
+    def __init__(
+        self,
+        engine: ModelDraftEngine,
+        token_ids: IntArray,
+        processor: LogitProcessor,
+        chooser: TokenChooser,
+        children: int,
+        sequence: KVSequence,
+    ) -> None:
+        self.chooser, self.children = chooser, children
         self.tree = LivingTree(Law.COUPLED, TREE_CAPACITY)
-        self._sequence = engine.runner.open(self._runner.max_model_len)
-        self._uncached = request.prompt_ids
+        self._engine, self._processor, self._sequence = engine, processor, sequence
+        self._uncached = token_ids
         """Committed tokens without KV; the last one is the root, unless it is cached already."""
         self._cached = np.zeros(TREE_CAPACITY, np.bool_)
         self._ranks = np.zeros(TREE_CAPACITY, np.int64)
         self._raw_scores = np.zeros(TREE_CAPACITY)
 
+    @property
+    def root_rows(self) -> int:
+        """Rows that expanding the root takes; 0 when it is expanded."""
+        return len(self._uncached)
+
     def grow(self, width: int) -> int:
+        """See ``LocalDraftSession.grow``."""
         frontier = self.tree.frontier(width)
-        if not len(frontier) or self._out_of_context(frontier):
-            self.tree.mark_expanded(frontier)
-            return 0
-        rows = self._root_rows() if frontier[0] == ROOT else self._node_rows(frontier)
-        first = len(rows.tokens) - 1 if frontier[0] == ROOT else 0
-        logits = self._runner.forward(self._sequence, rows, first_logit_row=first)
-        if frontier[0] == ROOT:
-            self._sequence.length += len(self._uncached)
-            self._uncached = self._uncached[:0]
+        if len(frontier) and frontier[0] == ROOT:
             frontier = frontier[:1]
-        else:
-            self._cached[frontier] = True
-        self._add_children(frontier, logits)
-        return len(rows.tokens)
+        rows = self.root_rows or len(frontier)
+        if len(frontier):
+            self._engine.grow([(self, frontier)])
+        while self.tree.frontier(1).tolist() == [ROOT]:
+            self._engine.grow([(self, frontier)])
+        return rows
 
     def commit(self, tokens: IntArray) -> Reroot:
         tree = self.tree
@@ -103,17 +189,69 @@ class ModelDraftSession:
     def close(self) -> None:
         self._sequence.close()
 
-    def _out_of_context(self, frontier: IntArray) -> bool:
-        """Whether the draft model's own context, which may be shorter, has no room for these nodes."""
-        deepest = 0 if frontier[0] == ROOT else int(self.tree.depths[frontier].max())
-        return self._sequence.length + len(self._uncached) + deepest > self._runner.max_model_len
+    def rows(self, slots: IntArray, room: int) -> Rows:
+        """What expanding these slots computes; of a long text, as much as there is room for."""
+        if slots[0] != ROOT:
+            return self._node_rows(slots)
+        count = min(room, len(self._uncached))
+        wanted = count - 1 if count == len(self._uncached) else count
+        return prefill_rows(self._sequence, self._uncached[:count], first_logit_row=wanted)
 
-    def _root_rows(self) -> Rows:
-        """Everything committed that has no KV yet; only the last chunk is left to the caller."""
-        last = max(0, len(self._uncached) - 1) // MAX_ROWS * MAX_ROWS
-        self._runner.prefill(self._sequence, self._uncached[:last])
-        self._uncached = self._uncached[last:]
-        return prefill_rows(self._sequence, self._uncached)
+    def computed(self, rows: Rows, slots: IntArray) -> bool:
+        """Notes what has KV now; whether the slots' own rows were among it."""
+        if slots[0] != ROOT:
+            self._cached[slots] = True
+            return True
+        self._sequence.length += len(rows.tokens)
+        self._uncached = self._uncached[len(rows.tokens) :]
+        return not len(self._uncached)
+
+    def child_positions(self, slots: IntArray) -> IntArray:
+        """Where in the text the children of these slots stand."""
+        positions: IntArray = self._sequence.length + np.where(slots == ROOT, 0, self.tree.depths[slots])
+        return positions
+
+    def process(self, slots: IntArray, logits: torch.Tensor) -> torch.Tensor:
+        """Applies the request's sampling parameters along each node's path."""
+        if slots[0] == ROOT or not self._processor.depends_on_path:
+            return self._processor.process(logits, DraftTree.empty(), np.zeros(len(slots), np.int64))
+        nodes = np.unique(self._ancestors(slots))
+        nodes = nodes[nodes != ROOT]
+        nodes = nodes[np.argsort(self.tree.depths[nodes], kind="stable")]
+        index = np.full(TREE_CAPACITY + 1, ROOT, np.int64)
+        index[nodes] = np.arange(len(nodes))
+        tree = DraftTree(
+            tokens=self.tree.tokens[nodes],
+            parent_indices=index[self.tree.parents[nodes]],
+            scores=self.tree.path_scores[nodes],
+            law=self.tree.law,
+        )
+        return self._processor.process(logits, tree, index[slots] + 1)
+
+    def add_children(self, slots: IntArray, tokens: IntArray, scores: FloatArray) -> None:
+        """Adds the likely ones of ``[slots, children]`` tokens with conditional scores, best first."""
+        rank = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+        wanted = scores >= MIN_SCORE
+        corrected = self._engine.calibration.correct(rank[wanted], scores[wanted])
+        parents = np.broadcast_to(slots[:, None], tokens.shape)[wanted]
+        # First: children may take the slots of nodes that they push out.
+        self.tree.mark_expanded(slots)
+        added = self.tree.add(parents, tokens[wanted], corrected)
+        placed = added >= 0
+        self._cached[added[placed]] = False
+        self._ranks[added[placed]] = rank[wanted][placed]
+        self._raw_scores[added[placed]] = scores[wanted][placed]
+
+    def fits(self, slots: IntArray) -> bool:
+        """Whether the draft model's own context, which may be shorter, has room below these slots.
+
+        Where it has not, they get no children.
+        """
+        deepest = 0 if slots[0] == ROOT else int(self.tree.depths[slots].max())
+        if self._sequence.length + len(self._uncached) + deepest <= self._engine.runner.max_model_len:
+            return True
+        self.tree.mark_expanded(slots)
+        return False
 
     def _node_rows(self, frontier: IntArray) -> Rows:
         """The frontier nodes, each seeing the committed text and its own ancestors."""
@@ -131,6 +269,8 @@ class ModelDraftSession:
             paths=paths,
             node_positions=root + tree.depths[nodes],
             node_slots=sequence.node_base + nodes,
+            base=sequence.base,
+            first_logit_row=0,
         )
 
     def _ancestors(self, frontier: IntArray) -> IntArray:
@@ -139,50 +279,6 @@ class ModelDraftSession:
         while (above := np.where(levels[-1] == ROOT, ROOT, self.tree.parents[levels[-1]])).max() != ROOT:
             levels.append(above)
         return np.stack(levels, axis=1)
-
-    def _add_children(self, frontier: IntArray, logits: torch.Tensor) -> None:
-        """Gives each node its likeliest children, in the order of this very draw's noise."""
-        tokens, scores = self._guesses(frontier, logits)
-        rank = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-        wanted = scores >= MIN_SCORE
-        corrected = self._engine.calibration.correct(rank[wanted], scores[wanted])
-        parents = np.broadcast_to(frontier[:, None], tokens.shape)[wanted]
-        # First: children may take the slots of frontier nodes that they push out.
-        self.tree.mark_expanded(frontier)
-        slots = self.tree.add(parents, tokens[wanted], corrected)
-        placed = slots >= 0
-        self._cached[slots[placed]] = False
-        self._ranks[slots[placed]] = rank[wanted][placed]
-        self._raw_scores[slots[placed]] = scores[wanted][placed]
-
-    @torch.inference_mode()
-    def _guesses(self, frontier: IntArray, logits: torch.Tensor) -> tuple[IntArray, FloatArray]:
-        """Tokens and conditional scores ``[frontier, children]``, best first."""
-        length = self._sequence.length
-        depths = np.where(frontier == ROOT, 0, self.tree.depths[frontier])
-        processed = self._process(frontier, logits)
-        perturbed = self._chooser.perturbed(processed, length + depths)
-        best, tokens = perturbed.topk(min(self._engine.shape.children, perturbed.shape[1]), dim=1)
-        shares = best / perturbed.sum(dim=1, keepdim=True)
-        scores = np.nan_to_num(shares.to(torch.float64).numpy(), nan=0.0)
-        return tokens.numpy(), np.clip(scores, 0.0, 1.0)
-
-    def _process(self, frontier: IntArray, logits: torch.Tensor) -> torch.Tensor:
-        """Applies the request's sampling parameters along each node's path."""
-        if frontier[0] == ROOT or not self._processor.depends_on_path:
-            return self._processor.process(logits, DraftTree.empty(), np.zeros(len(frontier), np.int64))
-        nodes = np.unique(self._ancestors(frontier))
-        nodes = nodes[nodes != ROOT]
-        nodes = nodes[np.argsort(self.tree.depths[nodes], kind="stable")]
-        index = np.full(TREE_CAPACITY + 1, ROOT, np.int64)
-        index[nodes] = np.arange(len(nodes))
-        tree = DraftTree(
-            tokens=self.tree.tokens[nodes],
-            parent_indices=index[self.tree.parents[nodes]],
-            scores=self.tree.path_scores[nodes],
-            law=self.tree.law,
-        )
-        return self._processor.process(logits, tree, index[frontier] + 1)
 
     def _learn(self, live: IntArray, parents: IntArray, reroot: Reroot) -> None:
         """Compares the children of the root and of the accepted path with what was committed."""

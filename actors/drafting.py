@@ -1,4 +1,4 @@
-"""Drafters in the target's own process: what one request's drafting session looks like.
+"""What one request's drafting session looks like, and prompt lookup as one.
 
 A session owns the request's living tree. The engine asks it to grow, takes the best subtree,
 and tells it what was committed.
@@ -11,6 +11,7 @@ import numpy as np
 from outrider.speculation.drafters.ngram import NgramDrafter
 from outrider.speculation.living_tree import LivingTree, Reroot
 from outrider.speculation.request import Request
+from outrider.speculation.statistics import SpeculationStatistics
 from outrider.speculation.tree import ROOT
 from outrider.speculation.types import IntArray
 
@@ -21,10 +22,6 @@ class DraftSession(Protocol):
     name: str
     tree: LivingTree
 
-    def grow(self, width: int) -> int:
-        """One draft step: expands up to ``width`` frontier nodes; returns the rows it computed."""
-        ...
-
     def commit(self, tokens: IntArray) -> Reroot:
         """Moves the root down newly committed tokens (int64 ``[count]``)."""
         ...
@@ -34,10 +31,20 @@ class DraftSession(Protocol):
         ...
 
 
+class LocalDraftSession(DraftSession, Protocol):
+    """One that drafts in this process, when it is told to."""
+
+    def grow(self, width: int) -> int:
+        """One draft step: expands up to ``width`` frontier nodes; returns the rows it computed."""
+        ...
+
+
 class DraftEngine(Protocol):
     """Opens sessions for requests."""
 
-    def open(self, request: Request) -> DraftSession: ...
+    def open(self, request: Request, stats: SpeculationStatistics) -> DraftSession:
+        """stats: of the request; what only the session sees is counted there."""
+        ...
 
 
 class NgramEngine:
@@ -53,7 +60,7 @@ class NgramEngine:
         }
         NgramDrafter(**self._settings)
 
-    def open(self, request: Request) -> "NgramSession":
+    def open(self, request: Request, stats: SpeculationStatistics) -> "NgramSession":  # noqa: ARG002
         return NgramSession(NgramDrafter(**self._settings), request.prompt_ids)
 
 

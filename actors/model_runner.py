@@ -1,12 +1,14 @@
 """Runs one network over sequences: prefill, tree forwards, commits. It decides nothing."""
 
+from collections.abc import Sequence
+
 import torch
 
+from outrider.actors.runner import TreeQuery
 from outrider.models.batch import Rows, make_batch, prefill_rows, tree_rows
 from outrider.models.decoder import Decoder
 from outrider.models.kv_cache import KVSequence, blocks_for
 from outrider.models.numerics import MAX_ROWS
-from outrider.speculation.tree import DraftTree
 from outrider.speculation.types import IntArray
 
 
@@ -37,25 +39,35 @@ class ModelRunner:
         """Caches committed ``tokens`` (int64 ``[count]``) behind what is cached already."""
         for start in range(0, len(tokens), MAX_ROWS):
             chunk = tokens[start : start + MAX_ROWS]
-            self.forward(sequence, prefill_rows(sequence, chunk), first_logit_row=len(chunk))
+            self.forward([prefill_rows(sequence, chunk, first_logit_row=len(chunk))])
             sequence.length += len(chunk)
 
-    def verify(self, sequence: KVSequence, root: int, tree: DraftTree) -> torch.Tensor:
-        """Logits ``[1 + nodes, vocab]`` after the root, the last committed token, and after each node.
+    def verify(self, queries: Sequence[TreeQuery[KVSequence]]) -> list[torch.Tensor]:
+        """One forward for queries of different sequences.
 
-        The root becomes part of the cached text; the nodes stay speculative until ``accept``.
+        Returns, per query, logits ``[1 + nodes, vocab]`` after the root and after each node.
+        The roots become part of the cached texts; the nodes stay speculative until ``accept``.
         """
-        rows = tree_rows(sequence, root, tree.tokens, tree.depths, tree.ancestor_mask)
-        logits = self.forward(sequence, rows, first_logit_row=0)
-        sequence.length += 1
-        return logits
+        logits = self.forward([_rows(query) for query in queries])
+        for query in queries:
+            query.sequence.length += 1
+        return list(torch.split(logits, [1 + len(query.tree) for query in queries]))
 
     def accept(self, sequence: KVSequence, nodes: IntArray) -> None:
         """Makes the accepted path's KV (node indices from the root downwards) part of the text."""
         sequence.commit_nodes(nodes)
 
-    def forward(self, sequence: KVSequence, rows: Rows, *, first_logit_row: int) -> torch.Tensor:
-        """Logits of the rows from ``first_logit_row`` on."""
-        decoder = self.decoder
-        batch = make_batch(rows, sequence.base, decoder.classes, decoder.attention_dtype, first_logit_row)
-        return decoder.forward(batch, self.cache)
+    def forward(self, parts: Sequence[Rows]) -> torch.Tensor:
+        """Logits ``[wanted, vocab]`` of the rows that want them, in the order of the parts.
+
+        The parts belong to different sequences and have at most ``MAX_ROWS`` rows together.
+        """
+        rows = sum(len(part.tokens) for part in parts)
+        assert 0 < rows <= MAX_ROWS, f"a forward of {rows} rows"
+        batch = make_batch(parts, self.decoder.classes, self.decoder.attention_dtype)
+        return self.decoder.forward(batch, self.cache)
+
+
+def _rows(query: TreeQuery[KVSequence]) -> Rows:
+    tree = query.tree
+    return tree_rows(query.sequence, query.root, tree.tokens, tree.depths, tree.ancestor_mask)

@@ -1,50 +1,28 @@
-"""The target side: a request's life from prompt to finish, in steps of schedule, run, commit."""
+"""The target side: requests go from prompt to finish in steps of schedule, run, commit."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol
 
-import numpy as np
 import torch
 
-from outrider.actors.drafting import DraftEngine, DraftSession
-from outrider.speculation.errors import ModelError
-from outrider.speculation.pipelines.serial import CostEstimates, Grow, SerialPipeline, TreeShape
+from outrider.actors.drafting import DraftEngine
+from outrider.actors.request_run import Pipeline, RequestRun
+from outrider.actors.runner import AnySequence, TargetRunner
+from outrider.models.numerics import MAX_ROWS
+from outrider.speculation.pipelines.actions import Verify
+from outrider.speculation.pipelines.costs import CostEstimates
+from outrider.speculation.pipelines.serial import SerialPipeline
+from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.request import Request, StepOutput
-from outrider.speculation.sampling import NO_TOKEN, LogitProcessor, TokenChooser, row_positions
-from outrider.speculation.statistics import SpeculationStatistics
-from outrider.speculation.stopping import StopChecker, TextSource, ending_ids
-from outrider.speculation.tree import ROOT, DraftTree
-from outrider.speculation.types import IntArray, Verdict, Verifier
+from outrider.speculation.selection import share_budget
+from outrider.speculation.stopping import TextSource
+from outrider.speculation.tree import DraftTree
+from outrider.speculation.types import Verdict, Verifier
 
 Clock = Callable[[], float]
-
-
-class Sequence(Protocol):
-    """What a runner keeps for one request."""
-
-    def close(self) -> None:
-        """Frees it."""
-        ...
-
-
-AnySequence = TypeVar("AnySequence", bound=Sequence)
-
-
-class TargetRunner(Protocol[AnySequence]):
-    """The target network as the engine sees it; see ``ModelRunner`` for the meaning."""
-
-    @property
-    def max_model_len(self) -> int: ...
-
-    def open(self, max_tokens: int) -> AnySequence: ...
-
-    def prefill(self, sequence: AnySequence, tokens: IntArray) -> None: ...
-
-    def verify(self, sequence: AnySequence, root: int, tree: DraftTree) -> torch.Tensor: ...
-
-    def accept(self, sequence: AnySequence, nodes: IntArray) -> None: ...
+MakePipeline = Callable[[TreeShape, CostEstimates], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +39,21 @@ class TargetModel(Generic[AnySequence]):
     detokenizer: Callable[[Request], TextSource]
 
 
+class RemoteDrafting(Protocol):
+    """Drafters in other processes; see ``DraftPool``."""
+
+    def poll(self, busy: tuple[float, float]) -> None: ...
+
+    def wait(self, seconds: float) -> None: ...
+
+
 class TargetEngine:
-    """Serves requests, one step at a time each, with or without a drafter."""
+    """Serves requests, several in one step, with or without a drafter.
+
+    drafting: opens a draft session per request. remote: takes in what drafters in other
+    processes have sent; the same object as ``drafting`` where these are used.
+    make_pipeline: one per request; ``serial`` in one process by default.
+    """
 
     def __init__(
         self,
@@ -71,13 +62,23 @@ class TargetEngine:
         verifier: Verifier,
         drafting: DraftEngine | None,
         shape: TreeShape,
+        remote: RemoteDrafting | None = None,
+        make_pipeline: MakePipeline = SerialPipeline,
         clock: Clock = time.perf_counter,
     ) -> None:
         self.target, self.verifier, self.drafting, self.shape = target, verifier, drafting, shape
-        self.clock = clock
-        self.costs = CostEstimates()
+        self.clock, self.costs = clock, CostEstimates()
+        self.steps, self.reconcile_seconds = 0, 0.0
+        """Target steps, and the time that taking in remote growth took between them."""
+        self._remote, self._make_pipeline = remote, make_pipeline
+        self._busy = (0.0, 0.0)
 
-    def start(self, request: Request) -> "RequestRun":
+    def make_pipeline(self) -> Pipeline:
+        """A new request's."""
+        pipeline: Pipeline = self._make_pipeline(self.shape, self.costs)
+        return pipeline
+
+    def start(self, request: Request) -> RequestRun:
         """Admits a request and caches its prompt.
 
         Raises:
@@ -85,131 +86,64 @@ class TargetEngine:
         """
         return RequestRun(self, request)
 
+    def step(self, runs: Sequence[RequestRun]) -> list[StepOutput]:
+        """One target step of all these requests, at most ``MAX_ROWS``.
 
-class RequestRun:
-    """One request in flight. ``close`` frees its KV, whether it has finished or not."""
+        Each commits at least one token, or has its ``error`` set and is finished.
+        """
+        trees = self._schedule(runs)
+        verdicts = self._run(runs, trees)
+        return [run.commit(tree, verdict) for run, tree, verdict in zip(runs, trees, verdicts, strict=True)]
 
-    def __init__(self, engine: TargetEngine, request: Request) -> None:
-        self._engine, target = engine, engine.target
-        params = request.params
-        self._max_model_len = target.runner.max_model_len
-        self._stop = StopChecker(
-            params, target.eos_ids, len(request.prompt_ids), self._max_model_len, target.detokenizer(request)
-        )
-        self._processor = LogitProcessor(
-            params, request.prompt_ids, target.vocab_size, ending_ids(params, target.eos_ids)
-        )
-        self._chooser = TokenChooser(params, request.choice)
-        self._pipeline = SerialPipeline(engine.shape, engine.costs)
-        self.stats = SpeculationStatistics()
-        self.finished = False
-        self._length = len(request.prompt_ids)
-        self._root = int(request.prompt_ids[-1])
-        self._limit = min(self._length + params.max_tokens, self._max_model_len)
-        self._sequence = target.runner.open(self._limit + engine.shape.num_speculative_tokens + 1)
-        self._draft: DraftSession | None = None
-        try:
-            if engine.drafting is not None and request.speculative:
-                self._draft = engine.drafting.open(request)
-            target.runner.prefill(self._sequence, request.prompt_ids[:-1])
-        except BaseException:
-            self.close()
-            raise
+    def _schedule(self, runs: Sequence[RequestRun]) -> list[DraftTree]:
+        """Waits for drafters where that pays; the subtree of each request to verify."""
+        budgets = self._decide(runs)
+        if len(runs) > 1:
+            scores = [run.best_scores(budget) for run, budget in zip(runs, budgets, strict=True)]
+            budgets = share_budget(scores, self.costs.curve(MAX_ROWS))
+        return [run.select(budget) for run, budget in zip(runs, budgets, strict=True)]
 
-    def step(self) -> StepOutput:
-        """Commits at least one token."""
-        tree = self._schedule()
-        verdict = self._run(tree)
-        return self._commit(tree, verdict)
+    def _decide(self, runs: Sequence[RequestRun]) -> list[int]:
+        """Most nodes that each request wants verified."""
+        budgets: dict[int, int] = {}
+        while True:
+            self._take_growth()
+            deadlines = []
+            for index, run in enumerate(runs):
+                if index not in budgets:
+                    action = run.decide(self.clock)
+                    if isinstance(action, Verify):
+                        budgets[index] = action.budget
+                    else:
+                        deadlines.append(action.until)
+            if not deadlines:
+                return [budgets[index] for index in range(len(runs))]
+            self._hold_back([run for index, run in enumerate(runs) if index not in budgets], min(deadlines))
 
-    def close(self) -> None:
-        """Frees what the request holds."""
-        self.finished = True
-        self._sequence.close()
-        if self._draft is not None:
-            self._draft.close()
+    def _take_growth(self) -> None:
+        if self._remote is not None:
+            began = self.clock()
+            self._remote.poll(self._busy)
+            self.reconcile_seconds += self.clock() - began
 
-    def __enter__(self) -> "RequestRun":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @property
-    def text(self) -> str:
-        """The output so far."""
-        return self._stop.text
-
-    def _schedule(self) -> DraftTree:
-        """Lets the drafter grow while that pays; the subtree to verify."""
-        draft = self._draft
-        # The last token is the target's own whatever is drafted.
-        if draft is None or self._length + 1 >= self._limit:
-            return DraftTree.empty()
-        while isinstance(action := self._pipeline.decide(draft.tree), Grow):
-            began = self._engine.clock()
-            rows = draft.grow(action.width)
-            seconds = self._engine.clock() - began
-            self._pipeline.observe_growth(rows, seconds)
-            self.stats.draft_steps += 1
-            self.stats.draft_rows += rows
-            self.stats.draft_seconds += seconds
-        tree, _ = draft.tree.select(action.budget)
-        return tree
+    def _hold_back(self, waiting: Sequence[RequestRun], until: float) -> None:
+        """Waits for growth; rows without reason to wait wait too, for one forward serves all."""
+        assert self._remote is not None, "only remote drafters are waited for"
+        began = self.clock()
+        self._remote.wait(until - began)
+        for run in waiting:
+            run.stats.wait_seconds += self.clock() - began
 
     @torch.inference_mode()
-    def _run(self, tree: DraftTree) -> Verdict:
-        """One forward of the target, and what it says of the tree."""
-        began = self._engine.clock()
-        logits = self._engine.target.runner.verify(self._sequence, self._root, tree)
-        processed = self._processor.process(logits, tree)
-        tokens = self._chooser.choose(processed, row_positions(self._length, tree))
-        verdict = self._engine.verifier.verify(tree, tokens)
-        if verdict.token == NO_TOKEN:
-            position = self._length + verdict.num_accepted_tokens
-            raise ModelError(f"the model gave NaN or infinite logits for the token at position {position}")
-        self._observe(tree, verdict, self._engine.clock() - began)
-        return verdict
-
-    def _observe(self, tree: DraftTree, verdict: Verdict, seconds: float) -> None:
-        rows = len(tree) + 1
-        self.stats.target_steps += 1
-        self.stats.target_rows += rows
-        self.stats.target_seconds += seconds
-        if self._draft is not None:
-            self.stats.record_verification(
-                num_draft_tokens=len(tree),
-                num_accepted_tokens=verdict.num_accepted_tokens,
-                drafter=self._draft.name,
-            )
-            with_children = np.isin(np.append(verdict.accepted, ROOT), tree.parent_indices)
-            self._pipeline.observe_verdict(verdict, int(with_children.sum()), rows, seconds)
-
-    def _commit(self, tree: DraftTree, verdict: Verdict) -> StepOutput:
-        """Makes the accepted path and the target's token part of the text."""
-        self._engine.target.runner.accept(self._sequence, verdict.accepted)
-        drafted = tree.tokens[verdict.accepted]
-        tokens = np.append(drafted, verdict.token)
-        outcome = self._stop.push(tokens.tolist())
-        kept = tokens[: outcome.num_kept]
-        self.finished = outcome.finish_reason is not None
-        self._length += len(kept)
-        self._root = int(kept[-1])
-        self.stats.num_output_tokens += len(kept)
-        if not self.finished:
-            self._processor.commit(kept)
-            self._reroot(kept)
-        return StepOutput(
-            token_ids=kept.tolist(),
-            num_accepted=min(len(kept), len(drafted)),
-            text=self._stop.take_text(),
-            finish_reason=outcome.finish_reason,
-            stop_reason=outcome.stop_reason,
-        )
-
-    def _reroot(self, tokens: IntArray) -> None:
-        if self._draft is not None:
-            had_tree = len(self._draft.tree) > 0
-            survived = self._draft.commit(tokens).survived
-            self.stats.reroot_hits += had_tree and survived
-            self.stats.reroot_misses += had_tree and not survived
+    def _run(self, runs: Sequence[RequestRun], trees: Sequence[DraftTree]) -> list[Verdict]:
+        """One forward of the target, and what it says of the trees."""
+        began = self.clock()
+        logits = self.target.runner.verify([run.query(tree) for run, tree in zip(runs, trees, strict=True)])
+        verdicts = [run.judge(tree, each) for run, tree, each in zip(runs, trees, logits, strict=True)]
+        ended = self.clock()
+        self.steps += 1
+        self._busy = (began, ended)
+        self.costs.observe_target_step(len(runs) + sum(map(len, trees)), ended - began)
+        for run, tree, verdict in zip(runs, trees, verdicts, strict=True):
+            run.observe(tree, verdict, (ended - began) / len(runs))
+        return verdicts

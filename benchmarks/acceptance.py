@@ -20,7 +20,7 @@ from outrider.models.batch import prefill_rows
 from outrider.models.demo import corpus, pair
 from outrider.models.loader import LoadedModel, load_model
 from outrider.models.numerics import MAX_ROWS, Numerics
-from outrider.speculation.sampling import LogitProcessor, TokenChooser
+from outrider.speculation.sampling import LogitProcessor, TokenChooser, perturb
 from outrider.speculation.tree import DraftTree
 
 WINDOW = 512
@@ -34,8 +34,8 @@ def logits_of(model: LoadedModel, ids: np.ndarray) -> torch.Tensor:
     sequence = runner.open(len(ids))
     parts = []
     for start in range(0, len(ids), MAX_ROWS):
-        rows = prefill_rows(sequence, ids[start : start + MAX_ROWS])
-        parts.append(runner.forward(sequence, rows, first_logit_row=0))
+        rows = prefill_rows(sequence, ids[start : start + MAX_ROWS], first_logit_row=0)
+        parts.append(runner.forward([rows]))
         sequence.length += len(rows.tokens)
     return torch.cat(parts)
 
@@ -75,7 +75,7 @@ def ranks(
     positions = np.arange(1, len(target) + 1)
     tokens = chooser.choose(processor.process(target, DraftTree.empty(), rows), positions)
     processed = processor.process(draft, DraftTree.empty(), rows)
-    coupled = chooser.perturbed(processed, positions)
+    coupled = perturb([chooser], processed, [positions])
     mine = torch.from_numpy(tokens)[:, None]
     orders = (coupled, processed)
     return tuple((order > order.gather(1, mine)).sum(1).numpy() for order in orders)  # type: ignore[return-value]

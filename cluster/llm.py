@@ -1,22 +1,29 @@
-"""``LLM``: a target and its drafter in this very process, with vLLM's shape."""
+"""``LLM``: a target in this very process, its drafter there too or elsewhere, with vLLM's shape."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from itertools import islice
+from types import TracebackType
+from typing import Any, Self, cast
 
 import numpy as np
 
-from outrider.actors.draft_engine import TREE_CAPACITY, ModelDraftEngine
+from outrider.actors.draft_engine import TREE_CAPACITY, LocalModelDrafting, ModelDraftEngine
 from outrider.actors.drafting import DraftEngine, NgramEngine
 from outrider.actors.model_runner import ModelRunner
+from outrider.actors.request_run import RequestRun
 from outrider.actors.target_engine import TargetEngine, TargetModel
+from outrider.cluster.remote_drafting import RemoteDrafters
 from outrider.cluster.speculative_config import SpeculativeConfig
 from outrider.models.demo import pair
 from outrider.models.loader import context_length, load_model
-from outrider.models.numerics import Numerics
+from outrider.models.numerics import MAX_ROWS, Numerics
 from outrider.models.tokenizer import IncrementalDetokenizer, check_same_vocabulary
 from outrider.speculation.errors import InvalidConfigError, InvalidRequestError, VocabularyMismatchError
-from outrider.speculation.pipelines.serial import TreeShape
+from outrider.speculation.pipelines.registry import PIPELINES
+from outrider.speculation.pipelines.serial import SerialPipeline
+from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.request import Completion, Request, StepOutput
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.tree import MAX_TREE_DEPTH
@@ -49,9 +56,15 @@ class LLM:
     numerics: ``canonical``, the default, gives a row the same bits whatever runs beside
         it; ``fast`` saves some time and may leave plain decoding at a near-tie.
     max_model_len: tokens of the longest sequence.
+    max_num_seqs: requests served at once; 1 where a draft model drafts in this process, which
+        would only make the others wait.
     seed: seeds the requests that bring none; None draws fresh ones.
 
+    Draft workers that it started end with it: at ``close``, at the end of a ``with`` block, or
+    when it is collected.
+
     Raises:
+        WorkerError: no draft worker can be started or reached.
         ModelError: a model cannot be loaded, or the vocabularies differ.
         InvalidConfigError: a setting is not possible.
     """
@@ -64,6 +77,7 @@ class LLM:
         dtype: str = "auto",
         numerics: str = "canonical",
         max_model_len: int | None = None,
+        max_num_seqs: int = 8,
         seed: int | None = None,
     ) -> None:
         if model is None and speculative_config is None:
@@ -79,19 +93,43 @@ class LLM:
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
             raise InvalidConfigError(f"seed must be None or a non-negative integer, not {seed!r}")
         self._seeds = np.random.default_rng(seed)
+        if isinstance(max_num_seqs, bool) or not 1 <= max_num_seqs <= MAX_ROWS:
+            raise InvalidConfigError(f"max_num_seqs must be from 1 to {MAX_ROWS}, not {max_num_seqs!r}")
         shape = TreeShape() if config is None else config.shape
-        drafting = None if config is None else self._make_drafting(config, dtype)
+        self.workers: RemoteDrafters | None = None
+        """Draft workers in other processes; None without any."""
+        local: DraftEngine | None = None
+        if config is not None and config.workers is not None:
+            self.workers = RemoteDrafters(config, self.model, dtype=dtype, numerics=str(kind))
+        elif config is not None:
+            local, max_num_seqs = self._make_drafting(config, dtype), 1
+        self._at_once = max_num_seqs
+        pool = None if self.workers is None else self.workers.pool
+        self.close = weakref.finalize(self, _close, self.workers)
+        """Ends the workers that were started; the engine decodes plainly afterwards."""
         self.engine = TargetEngine(
             TargetModel(
-                runner=ModelRunner(self.model.decoder, max_nodes=shape.num_speculative_tokens),
+                runner=ModelRunner(
+                    self.model.decoder, max_nodes=shape.num_speculative_tokens, num_sequences=max_num_seqs
+                ),
                 vocab_size=self.model.vocab_size,
                 eos_ids=self.model.eos_ids,
                 detokenizer=self._detokenizer,
             ),
             verifier=make_verifier("coupled" if config is None else config.verification),
-            drafting=drafting,
+            drafting=local or pool,
+            remote=pool,
             shape=shape,
+            make_pipeline=SerialPipeline if config is None or pool is None else PIPELINES[config.pipeline],
         )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def generate(
         self,
@@ -108,8 +146,9 @@ class LLM:
             InvalidRequestError: a prompt or parameter cannot be served.
         """
         params = sampling_params or SamplingParams()
-        requests = [self.prepare(prompt, params, speculative=speculative) for prompt in _as_list(prompts)]
-        return [self._finish(prompt, choices) for prompt, choices in requests]
+        prepared = [self.prepare(prompt, params, speculative=speculative) for prompt in _as_list(prompts)]
+        done = self.complete_all([request for _, requests in prepared for request in requests])
+        return [_output(prompt, requests, islice(done, len(requests))) for prompt, requests in prepared]
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, speculative: bool = True
@@ -156,25 +195,45 @@ class LLM:
                 ids += step.token_ids
                 if on_step is not None:
                     on_step(step)
-        assert step.finish_reason is not None
-        return Completion(
-            index=request.choice,
-            text=run.text,
-            token_ids=ids,
-            finish_reason=step.finish_reason,
-            stop_reason=step.stop_reason,
-            stats=run.stats,
-        )
+        return _completion(request, run, ids, step)
 
-    def _finish(self, prompt: str, requests: list[Request]) -> RequestOutput:
-        seed = requests[0].params.seed
-        assert seed is not None
-        return RequestOutput(
-            prompt=prompt,
-            prompt_token_ids=requests[0].prompt_ids.tolist(),
-            outputs=[self.complete(request) for request in requests],
-            seed=seed,
-        )
+    def complete_all(
+        self,
+        requests: Iterable[Request],
+        on_step: Callable[[Request, StepOutput], None] | None = None,
+    ) -> Iterator[Completion]:
+        """Serves prepared requests, ``max_num_seqs`` at once; in their order, as soon as known.
+
+        ``on_step`` sees every step of each as it is made.
+
+        Raises:
+            ModelError: the target gave no token for one of them.
+        """
+        waiting = enumerate(requests)
+        running: dict[RequestRun, tuple[int, Request, list[int]]] = {}
+        finished: dict[int, Completion] = {}
+        following = 0
+        try:
+            while True:
+                for number, request in islice(waiting, self._at_once - len(running)):
+                    running[self.engine.start(request)] = number, request, []
+                if not running:
+                    return
+                for run, step in zip(list(running), self.engine.step(list(running)), strict=True):
+                    number, request, ids = running[run]
+                    ids += step.token_ids
+                    if on_step is not None:
+                        on_step(request, step)
+                    if run.finished:
+                        run.close()
+                        del running[run]
+                        finished[number] = _completion(request, run, ids, step)
+                while following in finished:
+                    yield finished.pop(following)
+                    following += 1
+        finally:
+            for run in running:
+                run.close()
 
     def _tokenize(self, prompt: Prompt) -> tuple[str, IntArray]:
         """Text and token ids of a prompt given as either."""
@@ -211,12 +270,38 @@ class LLM:
             raise VocabularyMismatchError(
                 f"the draft's head has {draft.vocab_size} tokens, the target's {self.model.vocab_size}"
             )
-        return ModelDraftEngine(
-            ModelRunner(draft.decoder, max_nodes=TREE_CAPACITY),
-            shape=config.shape,
-            vocab_size=self.model.vocab_size,
+        runner = ModelRunner(draft.decoder, max_nodes=TREE_CAPACITY)
+        return LocalModelDrafting(
+            ModelDraftEngine(runner, vocab_size=self.model.vocab_size),
+            children=config.shape.children,
             eos_ids=self.model.eos_ids,
         )
+
+
+def _close(workers: RemoteDrafters | None) -> None:
+    if workers is not None:
+        workers.close()
+
+
+def _completion(request: Request, run: RequestRun, ids: list[int], last: StepOutput) -> Completion:
+    if run.error is not None:
+        raise run.error
+    assert last.finish_reason is not None
+    return Completion(
+        index=request.choice,
+        text=run.text,
+        token_ids=ids,
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        stats=run.stats,
+    )
+
+
+def _output(prompt: str, requests: list[Request], done: Iterable[Completion]) -> RequestOutput:
+    seed = requests[0].params.seed
+    assert seed is not None
+    ids = requests[0].prompt_ids.tolist()
+    return RequestOutput(prompt=prompt, prompt_token_ids=ids, outputs=list(done), seed=seed)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

@@ -1,16 +1,16 @@
 """``speculative_config``: vLLM's keys, and ours beside them."""
 
-import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from outrider.cluster.workers_config import WorkersConfig, refuse_unknown
 from outrider.speculation.errors import InvalidConfigError
-from outrider.speculation.pipelines.serial import DEFAULT_SPECULATIVE_TOKENS, TreeShape
+from outrider.speculation.pipelines.shape import DEFAULT_SPECULATIVE_TOKENS, TreeShape
 from outrider.speculation.verifiers.registry import VERIFIERS
 
 METHODS = ("draft_model", "ngram")
-PIPELINES = ("serial",)
+PIPELINES = ("serial", "parallel")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,10 @@ class SpeculativeConfig:
     num_speculative_tokens: most draft tokens that one target step verifies.
     prompt_lookup_min, prompt_lookup_max: lengths of the n-grams that ``ngram`` looks up.
     max_model_len: limit of the draft model's context; the target's by default.
-    pipeline: ``serial``, draft and verify in turns.
+    workers: draft workers in processes of their own, see ``WorkersConfig.parse``; None drafts
+        in the target's process.
+    pipeline: ``serial``, draft and verify in turns, or ``parallel``, both at once, which needs
+        workers; the default with and without them is ``parallel`` and ``serial``.
     verification: ``coupled`` or ``greedy``; both match the target's own tokens.
     tree: ``width``, ``children``, ``depth`` and ``adaptive`` of ``TreeShape``.
     """
@@ -33,6 +36,7 @@ class SpeculativeConfig:
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 4
     max_model_len: int | None = None
+    workers: WorkersConfig | None = None
     pipeline: str = "serial"
     verification: str = "coupled"
     tree: Mapping[str, Any] = field(default_factory=dict)
@@ -48,7 +52,11 @@ class SpeculativeConfig:
         if not isinstance(values, Mapping):
             raise InvalidConfigError(f"speculative_config must be a mapping, not {values!r}")
         refuse_unknown("speculative_config", values, (each.name for each in fields(cls)))
-        config = cls(**{"method": "draft_model" if "model" in values else "ngram", **values})
+        given = dict(values)
+        if given.get("workers") is not None:
+            given["workers"] = WorkersConfig.parse(given["workers"])
+            given = {"method": "draft_model", "pipeline": "parallel", **given}
+        config = cls(**{"method": "draft_model" if "model" in given else "ngram", **given})
         config._check()
         return config
 
@@ -72,11 +80,17 @@ class SpeculativeConfig:
         _choose("method", self.method, METHODS)
         _choose("pipeline", self.pipeline, PIPELINES)
         _choose("verification", self.verification, VERIFIERS)
-        if self.method == "draft_model" and not self.model:
+        self._check_workers()
+        served = self.workers is not None and bool(self.workers.addresses)
+        if self.method == "draft_model" and not self.model and not served:
             raise InvalidConfigError("speculative_config: method 'draft_model' needs a model")
         if self.method != "draft_model" and self.model:
             raise InvalidConfigError(
                 f"speculative_config: method {self.method!r} takes no model, not {self.model!r}"
+            )
+        if served and self.model:
+            raise InvalidConfigError(
+                f"speculative_config: the workers' model is theirs to choose, so model {self.model!r} must go"
             )
         if not isinstance(self.tree, Mapping):
             raise InvalidConfigError(f"speculative_config: tree must be a mapping, not {self.tree!r}")
@@ -84,14 +98,13 @@ class SpeculativeConfig:
         refuse_unknown("speculative_config.tree", self.tree, names)
         _ = self.shape
 
-
-def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises InvalidConfigError for a key that is not known, naming the nearest one."""
-    names = sorted(known)
-    for key in given:
-        if key not in names:
-            nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
-            raise InvalidConfigError(f"{where}: unknown key {key!r}; did you mean {nearest!r}?")
+    def _check_workers(self) -> None:
+        if self.workers is None and self.pipeline == "parallel":
+            raise InvalidConfigError("speculative_config: pipeline 'parallel' needs workers, such as 'local'")
+        if self.workers is not None and self.method != "draft_model":
+            raise InvalidConfigError(
+                f"speculative_config: workers run a draft model, so method must not be {self.method!r}"
+            )
 
 
 def _choose(name: str, value: object, choices: Collection[str]) -> None:

@@ -17,6 +17,7 @@ products over the tail are made per row.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -73,8 +74,8 @@ class TreeAttention:
         canonical: bool,
     ) -> None:
         self._rows = rows
-        kind = _CanonicalRows if canonical else _FastRows
-        self._parts = [(group.rows, kind(group, shape, scratch)) for group in groups]
+        self._order = _order(groups)
+        self._attend = _Canonical(groups, shape, scratch) if canonical else _Fast(groups, shape, scratch)
 
     def __call__(self, q: torch.Tensor, pool: torch.Tensor, out: torch.Tensor) -> None:
         """q: ``[R, G, Q, D]``, already scaled. pool: ``[N, 2, G, D]``, one layer's keys and values.
@@ -82,65 +83,144 @@ class TreeAttention:
         out: ``[R, G, Q, D]`` in the model's dtype, filled in place.
         """
         q, out = q[: self._rows], out[: self._rows]
-        for rows, attend in self._parts:
-            if rows is None:
-                out.copy_(attend(q, pool))
-            else:
-                out.index_copy_(0, rows, attend(q.index_select(0, rows), pool).to(out.dtype))
+        if self._order is None:
+            out.copy_(self._attend(q, pool))
+        else:
+            result = self._attend(q.index_select(0, self._order), pool)
+            out.index_copy_(0, self._order, result.to(out.dtype))
 
 
-class _CanonicalRows:
-    """A group's canonical attention; rows from r to ``padded`` are computed and discarded."""
+def _order(groups: Sequence[AttentionGroup]) -> torch.Tensor | None:
+    """Rows int64 ``[R]``, group after group; None when that is the order they have already."""
+    rows = [group.rows for group in groups if group.rows is not None]
+    if not rows:
+        return None
+    order = torch.cat(rows)
+    return None if torch.equal(order, torch.arange(len(order))) else order
 
-    def __init__(self, group: AttentionGroup, shape: tuple[int, int, int], scratch: Scratch) -> None:
+
+def _starts(groups: Sequence[AttentionGroup]) -> list[int]:
+    """Where each group's rows start when all groups' stand behind one another, and where they end."""
+    return list(accumulate((group.num_rows for group in groups), initial=0))
+
+
+class _Canonical:
+    """Canonical attention of groups whose rows stand behind one another.
+
+    Scores of tails are one product per row anyway, so all groups' are made at once. The rest goes
+    group by group; the rows that fill up a group's class are those of the groups behind it or
+    zeros, and what comes out for them is overwritten or left out.
+    """
+
+    def __init__(
+        self, groups: Sequence[AttentionGroup], shape: tuple[int, int, int], scratch: Scratch
+    ) -> None:
         G, Q, D = shape
-        rows, padded, (start, S) = group.num_rows, group.padded, group.shared
-        dtype = group.tail_mask.dtype
-        self.shared = slice(start, start + S)
-        self.tail_slots, self.tail_mask = group.tail_slots, group.tail_mask
-        q_heads = torch.zeros(G, padded, Q, D, dtype=dtype)
-        self.q_rows, self.q_flat = q_heads[:, :rows], q_heads.view(G, padded * Q, D)
+        *starts, rows = _starts(groups)
+        space = max(start + group.padded for start, group in zip(starts, groups, strict=True))
+        dtype = groups[0].tail_mask.dtype
+        self.tail_slots = _joined([group.tail_slots for group in groups])
+        self.tail_mask = _joined([group.tail_mask for group in groups])
         self.tail = torch.empty(rows * TAIL, 2, G, D, dtype=dtype)
         tail = self.tail.view(rows, TAIL, 2, G, D)
-
-        scores = torch.zeros(G, padded, Q, TAIL, dtype=dtype)
-        both = scratch.view(0, G, padded, Q, S + TAIL)
-        probs = scratch.view(1, G, padded, Q, S + TAIL)
-        result = torch.empty(G, padded * Q, D, dtype=dtype)
-        self.scores, self.score_rows = scores, scores[:, :rows]
-        self.shared_scores = scratch.view(2, G, padded * Q, S)
-        self.shared_scores_4d = self.shared_scores.view(G, padded, Q, S)
-        self.both, self.probs = both, probs
-        self.probs_shared = probs.view(G, padded * Q, S + TAIL)[:, :, :S]
-        self.result = result
-        result_4d = result.view(G, padded, Q, D)
-        self.result_rows = result_4d[:, :rows].transpose(0, 1)
+        q_heads = torch.zeros(G, space, Q, D, dtype=dtype)
+        scores = torch.zeros(G, space, Q, TAIL, dtype=dtype)
+        result = torch.empty(G, space, Q, D, dtype=dtype)
+        self.q_rows, self.score_rows = q_heads[:, :rows], scores[:, :rows]
+        self.result_rows = result[:, :rows].transpose(0, 1)
         self.key_heads = [
             (q_heads[head, :rows], tail[:, :, 0, head].transpose(1, 2), scores[head, :rows])
             for head in range(G)
         ]
-        self.value_heads = [
-            (probs[head, :rows, :, S:], tail[:, :, 1, head], result_4d[head, :rows]) for head in range(G)
-        ]
+        self.groups = []
+        for start, group in zip(starts, groups, strict=True):
+            window = slice(start, start + group.padded)
+            values = tail[start : start + group.num_rows, :, 1]
+            self.groups.append(
+                _CanonicalGroup(
+                    group.shared, q_heads[:, window], scores[:, window], values, result[:, window], scratch
+                )
+            )
 
     def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        """Attention ``[R, G, Q, D]`` of ``q`` ``[R, G, Q, D]``."""
         self.q_rows.copy_(q.transpose(0, 1))
         torch.index_select(pool, 0, self.tail_slots, out=self.tail)
         for queries, keys, scores in self.key_heads:
             torch.bmm(queries, keys, out=scores)
         self.score_rows.add_(self.tail_mask)
+        # In order: a group leaves rubbish in the rows behind its own.
+        for group in self.groups:
+            group(pool)
+        return self.result_rows
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+class _CanonicalGroup:
+    """One group's part of the step's buffers, from its tails' scores to its result.
+
+    shared: S slots. q, result: ``[G, padded, Q, D]``. tail_scores: ``[G, padded, Q, TAIL]``.
+    tail_values: ``[r, TAIL, G, D]``.
+    """
+
+    def __init__(
+        self,
+        shared: tuple[int, int],
+        q: torch.Tensor,
+        tail_scores: torch.Tensor,
+        tail_values: torch.Tensor,
+        result: torch.Tensor,
+        scratch: Scratch,
+    ) -> None:
+        start, S = shared
+        G, padded, Q, D = q.shape
+        rows = len(tail_values)
+        self.shared = slice(start, start + S)
+        self.q_flat, self.tail_scores = q.view(G, padded * Q, D), tail_scores
+        self.result, self.result_flat = result, result.view(G, padded * Q, D)
+        self.both = scratch.view(0, G, padded, Q, S + TAIL)
+        self.probs = probs = scratch.view(1, G, padded, Q, S + TAIL)
+        self.probs_shared = probs.view(G, padded * Q, S + TAIL)[:, :, :S]
+        self.shared_scores = scratch.view(2, G, padded * Q, S)
+        self.shared_scores_4d = self.shared_scores.view(G, padded, Q, S)
+        self.value_heads = [
+            (probs[head, :rows, :, S:], tail_values[:, :, head], result[head, :rows]) for head in range(G)
+        ]
+
+    def __call__(self, pool: torch.Tensor) -> None:
         if self.shared.stop == self.shared.start:
-            torch.softmax(self.scores, -1, out=self.probs)
+            torch.softmax(self.tail_scores, -1, out=self.probs)
             self.result.zero_()
         else:
             prefix = pool[self.shared]
             torch.bmm(self.q_flat, prefix[:, 0].permute(1, 2, 0), out=self.shared_scores)
-            torch.cat((self.shared_scores_4d, self.scores), -1, out=self.both)
+            torch.cat((self.shared_scores_4d, self.tail_scores), -1, out=self.both)
             torch.softmax(self.both, -1, out=self.probs)
-            torch.bmm(self.probs_shared, prefix[:, 1].transpose(0, 1), out=self.result)
+            torch.bmm(self.probs_shared, prefix[:, 1].transpose(0, 1), out=self.result_flat)
         for probs, values, result in self.value_heads:
             result.baddbmm_(probs, values)
-        return self.result_rows
+
+
+class _Fast:
+    """Fast attention of groups whose rows stand behind one another."""
+
+    def __init__(
+        self, groups: Sequence[AttentionGroup], shape: tuple[int, int, int], scratch: Scratch
+    ) -> None:
+        spans = pairwise(_starts(groups))
+        self.parts = [
+            (slice(*span), _FastRows(group, shape, scratch))
+            for span, group in zip(spans, groups, strict=True)
+        ]
+
+    def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
+        """Attention ``[R, G, Q, D]`` of ``q`` ``[R, G, Q, D]``."""
+        if len(self.parts) == 1:
+            return self.parts[0][1](q, pool)
+        return torch.cat([attend(q[rows], pool) for rows, attend in self.parts])
 
 
 class _FastRows:

@@ -4,7 +4,9 @@ Plain numpy, once per step and never per layer. A row is a token at a position; 
 committed positions up to its own and the nodes on its path.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,8 @@ class Rows:
     committed: positions ``[0, committed)`` are in place, or are written by these very rows.
     paths: bool ``[R, M]``, the nodes each row attends, itself included.
     node_positions, node_slots: int64 ``[M]``.
+    base: the slot of position 0.
+    first_logit_row: the first row whose logits are wanted; R means none.
     """
 
     tokens: IntArray
@@ -35,24 +39,26 @@ class Rows:
     paths: BoolArray
     node_positions: IntArray
     node_slots: IntArray
+    base: int
+    first_logit_row: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Tensors of one forward of R rows.
+    """Tensors of one forward of R rows, those of each sequence behind one another.
 
     tokens, positions, slots: int64 ``[R]``.
-    first_logit_row: the first row whose logits are wanted; R means none.
+    logit_rows: the rows whose logits are wanted, ascending; a slice where they are consecutive.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
     groups: list[AttentionGroup]
-    first_logit_row: int
+    logit_rows: slice | torch.Tensor
 
 
-def prefill_rows(sequence: KVSequence, tokens: IntArray) -> Rows:
+def prefill_rows(sequence: KVSequence, tokens: IntArray, *, first_logit_row: int) -> Rows:
     """The next ``tokens`` of the committed text, behind what is already cached."""
     start, count = sequence.length, len(tokens)
     positions = np.arange(start, start + count)
@@ -64,6 +70,8 @@ def prefill_rows(sequence: KVSequence, tokens: IntArray) -> Rows:
         paths=np.zeros((count, 0), np.bool_),
         node_positions=np.zeros(0, np.int64),
         node_slots=np.zeros(0, np.int64),
+        base=sequence.base,
+        first_logit_row=first_logit_row,
     )
 
 
@@ -84,29 +92,54 @@ def tree_rows(
         paths=paths,
         node_positions=position + depths,
         node_slots=node_slots,
+        base=sequence.base,
+        first_logit_row=0,
     )
 
 
-def make_batch(rows: Rows, base: int, classes: RowClasses, dtype: torch.dtype, first_logit_row: int) -> Batch:
-    """Lays out one forward; ``base`` is the slot of position 0 and ``dtype`` that of scores."""
-    groups = (
-        _canonical_groups(rows, base, classes, dtype)
-        if classes.canonical
-        else [_fast_group(rows, base, dtype)]
-    )
+def make_batch(parts: Sequence[Rows], classes: RowClasses, dtype: torch.dtype) -> Batch:
+    """Lays out one forward over rows of different sequences; ``dtype`` is that of scores."""
+    *offsets, _ = accumulate((len(part.tokens) for part in parts), initial=0)
+    groups = []
+    for part, offset in zip(parts, offsets, strict=True):
+        own = _canonical_groups(part, classes, dtype) if classes.canonical else [_fast_group(part, dtype)]
+        groups += own if len(parts) == 1 else [_shifted(group, offset) for group in own]
     return Batch(
-        tokens=torch.from_numpy(rows.tokens),
-        positions=torch.from_numpy(rows.positions),
-        slots=torch.from_numpy(rows.slots),
+        tokens=_joined([part.tokens for part in parts]),
+        positions=_joined([part.positions for part in parts]),
+        slots=_joined([part.slots for part in parts]),
         groups=groups,
-        first_logit_row=first_logit_row,
+        logit_rows=_logit_rows(parts, offsets),
     )
 
 
-def _canonical_groups(rows: Rows, base: int, classes: RowClasses, dtype: torch.dtype) -> list[AttentionGroup]:
+def _joined(arrays: Sequence[IntArray]) -> torch.Tensor:
+    return torch.from_numpy(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
+
+
+def _shifted(group: AttentionGroup, offset: int) -> AttentionGroup:
+    """The group of a part whose rows start at ``offset``."""
+    rows = torch.arange(group.num_rows) if group.rows is None else group.rows
+    return replace(group, rows=rows + offset)
+
+
+def _logit_rows(parts: Sequence[Rows], offsets: Sequence[int]) -> slice | torch.Tensor:
+    wanted = np.concatenate(
+        [
+            np.arange(offset + part.first_logit_row, offset + len(part.tokens))
+            for part, offset in zip(parts, offsets, strict=True)
+        ]
+    )
+    if not len(wanted):
+        return slice(0, 0)
+    first, stop = int(wanted[0]), int(wanted[-1]) + 1
+    return slice(first, stop) if len(wanted) == stop - first else torch.from_numpy(wanted)
+
+
+def _canonical_groups(rows: Rows, classes: RowClasses, dtype: torch.dtype) -> list[AttentionGroup]:
     """Rows with equal shared prefixes together; see ``kernels/tree_attention``."""
     prefix = STRIDE * np.maximum(0, rows.positions // STRIDE - 1)
-    slots, mask = _canonical_tails(rows, base, prefix)
+    slots, mask = _canonical_tails(rows, prefix)
     groups = []
     for shared in np.unique(prefix):
         members = np.flatnonzero(prefix == shared)
@@ -116,7 +149,7 @@ def _canonical_groups(rows: Rows, base: int, classes: RowClasses, dtype: torch.d
                 rows=None if everyone else torch.from_numpy(members),
                 num_rows=len(members),
                 padded=classes.attention_rows(len(members)),
-                shared=(base, int(shared)),
+                shared=(rows.base, int(shared)),
                 tail_slots=torch.from_numpy(slots[members].reshape(-1)),
                 tail_mask=torch.from_numpy(mask[members, None]).to(dtype),
             )
@@ -124,18 +157,18 @@ def _canonical_groups(rows: Rows, base: int, classes: RowClasses, dtype: torch.d
     return groups
 
 
-def _canonical_tails(rows: Rows, base: int, prefix: IntArray) -> tuple[IntArray, npt.NDArray[np.float32]]:
+def _canonical_tails(rows: Rows, prefix: IntArray) -> tuple[IntArray, npt.NDArray[np.float32]]:
     """Tail slots int64 ``[R, TAIL]`` and masks ``[R, TAIL]``, in path order."""
     positions = prefix[:, None] + np.arange(TAIL)
     seen = np.minimum(rows.positions, rows.committed - 1)[:, None]
-    slots = np.where(positions <= seen, base + positions, NULL_SLOT)
+    slots = np.where(positions <= seen, rows.base + positions, NULL_SLOT)
     row, node = np.nonzero(rows.paths)
     slots[row, rows.node_positions[node] - prefix[row]] = rows.node_slots[node]
     mask = np.where(positions <= rows.positions[:, None], np.float32(0), np.float32(-np.inf))
     return slots, mask
 
 
-def _fast_group(rows: Rows, base: int, dtype: torch.dtype) -> AttentionGroup:
+def _fast_group(rows: Rows, dtype: torch.dtype) -> AttentionGroup:
     """All rows over the committed keys that all of them see, the rest in one masked tail."""
     seen = np.minimum(rows.positions, rows.committed - 1)
     shared = int(seen.min()) + 1
@@ -146,7 +179,7 @@ def _fast_group(rows: Rows, base: int, dtype: torch.dtype) -> AttentionGroup:
         rows=None,
         num_rows=len(seen),
         padded=len(seen),
-        shared=(base, shared),
-        tail_slots=torch.from_numpy(np.concatenate((base + later, rows.node_slots))),
+        shared=(rows.base, shared),
+        tail_slots=torch.from_numpy(np.concatenate((rows.base + later, rows.node_slots))),
         tail_mask=torch.from_numpy(mask[:, None]).to(dtype),
     )

@@ -71,7 +71,7 @@ class Decoder:
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Runs the rows and writes their KV.
 
-        Returns logits ``[R - first_logit_row, vocab]`` in the model's dtype.
+        Returns logits ``[wanted, vocab]`` of the wanted rows in the model's dtype.
         """
         rows = len(batch.tokens)
         tokens, positions, slots = self._padded(batch, self.classes.linear_rows(rows))
@@ -83,12 +83,25 @@ class Decoder:
         )
         for block, pool in zip(self.blocks, cache.layers, strict=True):
             block(x, rotation, slots, pool, attention, attended)
-        if batch.first_logit_row == rows:
+        return self._logits(x, batch.logit_rows)
+
+    def _logits(self, x: torch.Tensor, wanted: slice | torch.Tensor) -> torch.Tensor:
+        """Logits ``[wanted, vocab]``; the head, too, takes whole row classes only.
+
+        x: ``[R, hidden]``, R being a multiple of the row class.
+        """
+        quantum = self.classes.linear
+        if isinstance(wanted, slice):
+            # The rows around them complete the classes, so nothing is copied.
+            start = wanted.start // quantum * quantum
+            taken = x[start : self.classes.linear_rows(wanted.stop)]
+            kept = slice(wanted.start - start, wanted.stop - start)
+        else:
+            taken = x[F.pad(wanted, (0, -len(wanted) % quantum), value=0)]
+            kept = slice(0, len(wanted))
+        if not len(taken):
             return x.new_empty(0, self.config.vocab_size)
-        # The head, too, takes whole row classes only.
-        start = batch.first_logit_row // self.classes.linear * self.classes.linear
-        logits = self.head(F.rms_norm(x[start:], (x.shape[1],), self.norm, self.config.rms_norm_eps))
-        return logits[batch.first_logit_row - start : rows - start]
+        return self.head(F.rms_norm(taken, (x.shape[1],), self.norm, self.config.rms_norm_eps))[kept]
 
     @staticmethod
     def _padded(batch: Batch, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

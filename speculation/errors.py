@@ -39,3 +39,15 @@ class VocabularyMismatchError(ModelError):
 
 class OutOfBlocksError(OutriderError):
     """The KV cache has no room for one more sequence; close another one first."""
+
+
+class WireError(OutriderError, ValueError):
+    """Bytes from another process are no message of the protocol, or one that cannot be true."""
+
+
+class SlowPeerError(OutriderError):
+    """Messages for another process came faster than it read them."""
+
+
+class WorkerError(OutriderError):
+    """A worker process could not be started or reached."""

@@ -99,6 +99,28 @@ class LivingTree(TreeSlots):
             return self._add_with_aliases(above, ids, chances, keys, aliases)
         return self._add_distinct(above, ids, chances, keys)
 
+    def graft(self, parents: IntArray, inside: IntArray, tokens: IntArray, scores: FloatArray) -> IntArray:
+        """``add`` for a whole forest at once: a parent may be a node of this same call.
+
+        parents: int64 ``[k]``, slots or ``ROOT``; ``ROOT`` where ``inside`` says more.
+        inside: int64 ``[k]``, the index in this call of the parent, which stands earlier, or -1.
+        tokens, scores: as for ``add``, but checked by the caller.
+
+        Returns slots, int64 ``[k]``; the descendants of a dropped node are dropped.
+        """
+        inner = inside >= 0
+        if self._has_aliases(parents, inside, inner, tokens):
+            return self._graft_by_levels(parents, inside, tokens, scores)
+        depths, path_scores = self._inherited(parents, inside, inner, scores)
+        rows = np.flatnonzero(depths <= MAX_TREE_DEPTH)
+        rows = rows[self._make_room(depths[rows], path_scores[rows])]
+        slots = np.full(len(tokens), DROPPED)
+        slots[rows] = self._upcoming(len(rows))
+        above = np.where(inner[rows], slots[inside[rows]], parents[rows])
+        ids = tokens[rows]
+        self._place(above, ids, depths[rows], path_scores[rows], self._key(above, ids))
+        return slots
+
     def mark_expanded(self, slots: npt.ArrayLike) -> None:
         """Notes that the children of these nodes (int ``[k]``, ``ROOT`` too) have been added.
 
@@ -198,6 +220,56 @@ class LivingTree(TreeSlots):
         rows = np.flatnonzero(fits)
         rows = rows[self._make_room(depths[rows], path_scores[rows])]
         slots[rows] = self._place(parents[rows], tokens[rows], depths[rows], path_scores[rows], keys[rows])
+        return slots
+
+    def _has_aliases(self, parents: IntArray, inside: IntArray, inner: BoolArray, tokens: IntArray) -> bool:
+        outer = ~inner
+        if (self._keys == self._key(parents[outer], tokens[outer])[:, None]).any():
+            return True
+        family = np.where(inner, self.capacity + inside, parents)
+        keys = np.sort(tokens * (self.capacity + len(tokens) + 1) + family)
+        return bool((keys[1:] == keys[:-1]).any())
+
+    def _inherited(
+        self, parents: IntArray, inside: IntArray, inner: BoolArray, scores: FloatArray
+    ) -> tuple[IntArray, FloatArray]:
+        """Depths and path scores of a forest, by pointer jumping."""
+        depths = np.where(inner, 1, self._depths[parents] + 1)
+        path_scores = np.where(inner, scores, self._scores[parents] * scores)
+        jump = inside
+        while (far := np.flatnonzero(jump >= 0)).size:
+            via = jump[far]
+            # Right-hand sides are copies, so that a round sees the round before it.
+            depths[far] += depths[via]
+            path_scores[far] *= path_scores[via]
+            jump = jump.copy()
+            jump[far] = jump[via]
+        np.maximum(path_scores, SMALLEST_SCORE, out=path_scores)
+        # Rounding may have put a child above its parent by one unit in the last place.
+        while (over := np.flatnonzero(inner & (path_scores > path_scores[inside]))).size:
+            path_scores[over] = path_scores[inside[over]]
+        return depths, path_scores
+
+    def _graft_by_levels(
+        self, parents: IntArray, inside: IntArray, tokens: IntArray, scores: FloatArray
+    ) -> IntArray:
+        slots = np.full(len(tokens), DROPPED)
+        waiting = np.arange(len(tokens))
+        level = waiting[inside < 0]
+        above = parents
+        while len(level):
+            births_before = self._next_birth
+            slots[level] = self.add(above[level], tokens[level], scores[level])
+            waiting = np.setdiff1d(waiting, level, assume_unique=True)
+            # What an earlier level placed may have been pushed out, or its slot reused, since.
+            placed = np.flatnonzero(slots >= 0)
+            gone = placed[self._depths[slots[placed]] < 0]
+            reused = np.setdiff1d(placed, level)
+            reused = reused[self._births[slots[reused]] >= births_before]
+            slots[gone] = slots[reused] = DROPPED
+            above = np.where(inside >= 0, slots[inside], parents)
+            ready = np.isin(inside[waiting], level)
+            level = waiting[ready & (above[waiting] >= 0)]
         return slots
 
     def _make_room(self, depths: IntArray, path_scores: FloatArray) -> IntArray:

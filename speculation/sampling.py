@@ -7,7 +7,7 @@ never on the rows beside it, so it is the one that plain decoding gets there.
 Shapes: R rows = 1 + nodes, V real vocabulary, V_head the head's width (V or padded).
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -172,18 +172,10 @@ class TokenChooser:
         chosen: IntArray = torch.where(sound, tokens, NO_TOKEN).cpu().numpy()
         return chosen
 
-    def perturbed(self, logits: torch.Tensor, positions: IntArray) -> torch.Tensor:
-        """Scores whose order is the order of the drafter's guesses, larger first.
-
-        logits: float ``[R, V]``, the drafter's own, processed.
-        positions: int64 ``[R]``, as for ``choose``.
-
-        Returns:
-            ``[R, V]``, ``p / E`` with the same E as ``choose``, or p at temperature 0. NaN
-            logits give NaN scores.
-        """
-        probs = logits.softmax(dim=1)
-        return probs if self._greedy else probs.div_(self._noise(logits, positions))
+    def perturb(self, probs: torch.Tensor, positions: IntArray) -> None:
+        """Divides probabilities ``[R, V]`` by the noise of their tokens, in place; see ``perturb``."""
+        if not self._greedy:
+            probs.div_(self._noise(probs, positions))
 
     def _noise(self, logits: torch.Tensor, positions: IntArray) -> torch.Tensor:
         # Siblings and cousins choose for the same position, with the same noise.
@@ -191,6 +183,26 @@ class TokenChooser:
         keys = torch.from_numpy(position_keys(self._state, distinct)).to(logits.device)
         noise = exponential_noise(keys[0], keys[1], logits.shape[1])
         return noise if len(distinct) == len(rows) == 1 else noise[torch.from_numpy(rows).to(logits.device)]
+
+
+def perturb(
+    choosers: Sequence[TokenChooser], logits: torch.Tensor, positions: Sequence[IntArray]
+) -> torch.Tensor:
+    """Scores whose order is the order of a drafter's guesses, larger first.
+
+    logits: float ``[R, V]``, the drafter's own, processed: the rows of each request behind
+        one another. positions: per request int64 ``[r]``, as for ``TokenChooser.choose``.
+
+    Returns:
+        ``[R, V]``, ``p / E`` with the same E as ``choose``, or p at temperature 0. NaN
+        logits give NaN scores.
+    """
+    scores = logits.softmax(dim=1)
+    start = 0
+    for chooser, each in zip(choosers, positions, strict=True):
+        chooser.perturb(scores[start : start + len(each)], each)
+        start += len(each)
+    return scores
 
 
 def _has_penalties(params: SamplingParams) -> bool:

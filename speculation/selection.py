@@ -5,6 +5,8 @@ Both questions maximise expected tokens per second of one target step. With path
 average (OPT-Tree, Wang et al.; the 1 is the target's own token).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -20,6 +22,31 @@ def best_budget(
     Arguments and errors as for ``rates``.
     """
     return int(rates(path_scores_desc, step_seconds, draft_seconds).argmax())
+
+
+def share_budget(path_scores_desc: Sequence[FloatArray], step_seconds: npt.ArrayLike) -> list[int]:
+    """How many nodes of each request of a batch to verify in one step, zero allowed.
+
+    path_scores_desc: per request ``[n_i]``, best first. step_seconds: as for ``rates``; a step
+    takes at most R rows, one of which each request has anyway.
+
+    With B requests, the best n nodes of all together yield ``B + s_1 + ... + s_n`` tokens in
+    ``step_seconds(B + n)``; the n with the highest rate is taken. Rows go where they gain most.
+
+    Raises:
+        ValueError: there are more requests than rows.
+    """
+    seconds = np.asarray(step_seconds, np.float64)
+    batch = len(path_scores_desc)
+    if batch > len(seconds):
+        raise ValueError(f"{batch} requests do not fit {len(seconds)} rows")
+    everything = np.concatenate(path_scores_desc)
+    order = np.argsort(-everything, kind="stable")[: len(seconds) - batch]
+    tokens = batch + np.concatenate((np.zeros(1), np.cumsum(everything[order])))
+    count = int((tokens / seconds[batch - 1 : batch + len(order)]).argmax())
+    owners = np.repeat(np.arange(batch), [len(scores) for scores in path_scores_desc])
+    shares: list[int] = np.bincount(owners[order[:count]], minlength=batch).tolist()
+    return shares
 
 
 def best_rate(

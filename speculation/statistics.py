@@ -19,6 +19,13 @@ class SpeculationStatistics:
     num_output_tokens: committed tokens.
     accepted_by_drafter: accepted draft tokens by who proposed them.
     reroot_hits, reroot_misses: re-roots that kept, or lost, the tree.
+    wait_seconds: the target was held back for the drafter.
+
+    Of a drafter in another process:
+    growth_messages, growth_nodes, growth_bytes: received. sent_bytes: to it.
+    stale_nodes, stale_messages: arrived too late to be placed, or of an earlier generation.
+    overlapped_draft_seconds: the part of draft_seconds that the target's steps hid.
+    generations: how often the request was opened at a worker; drafter_failovers: at another one.
     """
 
     num_drafts: int = 0
@@ -36,6 +43,16 @@ class SpeculationStatistics:
     accepted_by_drafter: dict[str, int] = field(default_factory=dict)
     reroot_hits: int = 0
     reroot_misses: int = 0
+    wait_seconds: float = 0.0
+    growth_messages: int = 0
+    growth_nodes: int = 0
+    growth_bytes: int = 0
+    sent_bytes: int = 0
+    stale_nodes: int = 0
+    stale_messages: int = 0
+    overlapped_draft_seconds: float = 0.0
+    generations: int = 0
+    drafter_failovers: int = 0
 
     def record_verification(
         self, *, num_draft_tokens: int, num_accepted_tokens: int, drafter: str | None = None
@@ -70,6 +87,17 @@ class SpeculationStatistics:
     def acceptance_rate_per_pos(self) -> list[float]:
         """Entry i: share of drafts accepted to depth i + 1; empty when nothing was accepted."""
         return [count / self.num_drafts for count in self.num_accepted_tokens_per_pos]
+
+    @property
+    def overlap_ratio(self) -> float:
+        """Share of the drafter's time that the target's steps hid; 0.0 without a remote drafter."""
+        return self.overlapped_draft_seconds / self.draft_seconds if self.draft_seconds else 0.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes on the wire, both ways, per output token; 0.0 without output."""
+        total = self.growth_bytes + self.sent_bytes
+        return total / self.num_output_tokens if self.num_output_tokens else 0.0
 
     @property
     def acceptance_histogram(self) -> list[int]:
@@ -109,6 +137,18 @@ class SpeculationStatistics:
             "accepted_by_drafter": dict(self.accepted_by_drafter),
             "reroot_hits": self.reroot_hits,
             "reroot_misses": self.reroot_misses,
+            "wait_seconds": self.wait_seconds,
+            "growth_messages": self.growth_messages,
+            "growth_nodes": self.growth_nodes,
+            "growth_bytes": self.growth_bytes,
+            "sent_bytes": self.sent_bytes,
+            "bytes_per_token": self.bytes_per_token,
+            "stale_nodes": self.stale_nodes,
+            "stale_messages": self.stale_messages,
+            "overlapped_draft_seconds": self.overlapped_draft_seconds,
+            "overlap_ratio": self.overlap_ratio,
+            "generations": self.generations,
+            "drafter_failovers": self.drafter_failovers,
         }
 
 

@@ -22,6 +22,8 @@ class TreeSlots:
     parents: int64 ``[capacity]``, the parent's slot or ``ROOT``.
     depths: int64 ``[capacity]``, 1 for a child of the root; -1 where the slot is free.
     path_scores: float64 ``[capacity]``.
+    births: int64 ``[capacity]``, one number per node ever placed, ascending; a removed
+        node's stays readable until its slot is given away.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -48,6 +50,7 @@ class TreeSlots:
         self._scores[ROOT] = 1.0
         self.tokens, self.parents = _view(self._tokens), _view(self._parents)
         self.depths, self.path_scores = _view(self._depths), _view(self._scores)
+        self.births = _view(self._births)
 
     def __len__(self) -> int:
         return self.capacity - self._num_free
@@ -67,13 +70,16 @@ class TreeSlots:
             strangers = [slot for slot in slots.tolist() if slot not in known]
             raise ValueError(f"slots {strangers} are not in the tree")
 
+    def _upcoming(self, count: int) -> IntArray:
+        """The slots that the next ``count`` nodes will be placed in."""
+        return self._free[self._num_free - count : self._num_free].copy()
+
     def _place(
         self, parents: IntArray, tokens: IntArray, depths: IntArray, path_scores: FloatArray, keys: IntArray
     ) -> IntArray:
         count = len(tokens)
-        end = self._num_free
-        slots = self._free[end - count : end].copy()
-        self._num_free = end - count
+        slots = self._upcoming(count)
+        self._num_free -= count
         self._tokens[slots] = tokens
         self._parents[slots] = parents
         self._depths[slots] = depths

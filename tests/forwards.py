@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from outrider.actors.model_runner import ModelRunner
+from outrider.actors.runner import TreeQuery
 from outrider.models.batch import prefill_rows
 from outrider.models.config import load_config
 from outrider.models.decoder import Decoder
@@ -49,11 +50,17 @@ def chunked_logits(
     sequence = runner.open(runner.max_model_len)
     parts, start = [], 0
     for size in chunks:
-        rows = prefill_rows(sequence, ids[start : start + size])
-        parts.append(runner.forward(sequence, rows, first_logit_row=0))
+        rows = prefill_rows(sequence, ids[start : start + size], first_logit_row=0)
+        parts.append(runner.forward([rows]))
         sequence.length += size
         start += size
     return torch.cat(parts), sequence
+
+
+def verify(runner: ModelRunner, sequence: KVSequence, root: int, tree: DraftTree) -> torch.Tensor:
+    """Logits ``[1 + nodes, vocab]`` of one sequence in a forward of its own."""
+    (logits,) = runner.verify([TreeQuery(sequence=sequence, root=root, tree=tree)])
+    return logits
 
 
 def bushy_tree(path: npt.NDArray[np.int64], junk: int, vocab: int = 300) -> tuple[DraftTree, list[int]]:

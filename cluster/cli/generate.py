@@ -1,18 +1,21 @@
-"""``outrider generate``: continues texts in this very process."""
+"""``outrider generate``: continues texts, the target in this very process."""
 
 import argparse
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from outrider.cluster.cli.arguments import Commands, Parser, integer, json_object, real
 from outrider.cluster.cli.prompts import read_prompts
 from outrider.speculation.errors import InvalidConfigError, InvalidRequestError
-from outrider.speculation.request import Completion, Request, StepOutput
+from outrider.speculation.request import Request, StepOutput
 from outrider.speculation.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from outrider.cluster.cli.output import Output
     from outrider.cluster.llm import LLM
+
+Prepared: TypeAlias = list[tuple[str, list[Request]]]
+"""Prompts with a request per choice."""
 
 NAME = "generate"
 SUMMARY = "continue texts with a target model, helped by a draft model"
@@ -29,6 +32,7 @@ examples:
   outrider generate --prompt 'def fibonacci(n):'
   outrider generate --target Qwen/Qwen3-8B --draft Qwen/Qwen3-0.6B --prompt 'Once upon a time'
   outrider generate --prompt-file prompts.txt --n 2 --temperature 0.8 --seed 1 --json > out.jsonl
+  outrider generate --workers local --prompt-file prompts.txt
   outrider generate --target ./model -sc '{"method": "ngram"}' < letter.txt
 
 On a terminal the text appears as it comes. Elsewhere standard output holds only texts, or
@@ -64,26 +68,41 @@ def run(arguments: argparse.Namespace) -> int:
     prepared = _prepare(llm, prompts, params, speculative=not arguments.no_speculation)
     output = Output(total=len(prompts) * params.n, as_json=arguments.json, one_choice=params.n == 1)
     try:
-        for number, (prompt, requests) in enumerate(prepared, 1):
-            for request in requests:
-                output.begin(number, request.choice)
-                began = time.perf_counter()
-                done = _complete(llm, request, output)
-                output.end(number, prompt, request.params.seed, done, time.perf_counter() - began)
+        (_show_each if output.stream else _write_all)(llm, prepared, output)
     finally:
         output.close()
+        llm.close()
     return 0
 
 
-def _complete(llm: "LLM", request: Request, output: "Output") -> Completion:
-    count = 0
+def _show_each(llm: "LLM", prepared: Prepared, output: "Output") -> None:
+    """One after the other, as they come."""
+    for number, (prompt, requests) in enumerate(prepared, 1):
+        for request in requests:
+            output.begin(number, request.choice)
+            began = time.perf_counter()
+            done = llm.complete(request, lambda step: output.piece(step.text))
+            output.end(number, prompt, request.params.seed, done, time.perf_counter() - began)
 
-    def show(step: StepOutput) -> None:
-        nonlocal count
-        count += len(step.token_ids)
-        output.piece(step.text, count / request.params.max_tokens)
 
-    return llm.complete(request, show)
+def _write_all(llm: "LLM", prepared: Prepared, output: "Output") -> None:
+    """Several at once, written in order as they are finished."""
+    everything = [
+        (number, prompt, request)
+        for number, (prompt, requests) in enumerate(prepared, 1)
+        for request in requests
+    ]
+    began, choices = time.perf_counter(), 0.0
+
+    def show(request: Request, step: StepOutput) -> None:
+        nonlocal choices
+        choices += len(step.token_ids) / request.params.max_tokens
+        output.progress(choices)
+
+    done = llm.complete_all((request for _, _, request in everything), show)
+    for (number, prompt, request), completion in zip(everything, done, strict=True):
+        output.begin(number, request.choice)
+        output.end(number, prompt, request.params.seed, completion, time.perf_counter() - began)
 
 
 def _load(arguments: argparse.Namespace, config: dict[str, Any] | None) -> "LLM":
@@ -102,12 +121,11 @@ def _load(arguments: argparse.Namespace, config: dict[str, Any] | None) -> "LLM"
         dtype=arguments.dtype,
         numerics=arguments.numerics,
         max_model_len=arguments.max_model_len,
+        max_num_seqs=arguments.max_num_seqs,
     )
 
 
-def _prepare(
-    llm: "LLM", prompts: list[str], params: SamplingParams, *, speculative: bool
-) -> list[tuple[str, list[Request]]]:
+def _prepare(llm: "LLM", prompts: list[str], params: SamplingParams, *, speculative: bool) -> Prepared:
     """All of them before the first is served, so that a bad one does not waste the others' time."""
     prepared = []
     for number, prompt in enumerate(prompts, 1):
@@ -137,18 +155,24 @@ def _sampling_params(arguments: argparse.Namespace) -> SamplingParams:
 def _speculative_config(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """``--speculative-config``, with what the simple flags say in place of its own values."""
     given: dict[str, Any] | None = arguments.speculative_config
-    flags = {"model": arguments.draft, "num_speculative_tokens": arguments.num_speculative_tokens}
+    flags = {
+        "model": arguments.draft,
+        "num_speculative_tokens": arguments.num_speculative_tokens,
+        "workers": arguments.workers,
+        "pipeline": arguments.pipeline,
+    }
     simple = {key: value for key, value in flags.items() if value is not None}
     if given is None and not simple:
         return None
     from outrider.cluster.speculative_config import SpeculativeConfig
     from outrider.models.demo import pair
 
-    if given is None and arguments.draft is None:
+    elsewhere = arguments.workers is not None and not arguments.workers.startswith("local")
+    if given is None and arguments.draft is None and not elsewhere:
         if arguments.target is not None:
+            flag = "--" + next(iter(simple)).replace("_", "-")
             raise InvalidConfigError(
-                "--num-speculative-tokens needs something that drafts: "
-                "give --draft or --speculative-config beside --target"
+                f"{flag} needs something that drafts: give --draft or --speculative-config beside --target"
             )
         given = {"model": str(pair.DRAFT)}
     config = {**(given or {}), **simple}
@@ -179,6 +203,7 @@ def _add_models(parser: Parser) -> None:
         type=integer,
         help="tokens of prompt and output; the model's by default",
     )
+    add("--max-num-seqs", metavar="N", type=integer, default=8, help="prompts served at once; default 8")
     add("--threads", metavar="N", type=integer, help="CPU threads; PyTorch's choice by default")
 
 
@@ -205,6 +230,12 @@ def _add_speculation(parser: Parser) -> None:
     add = parser.add_argument_group("speculation").add_argument
     add("--no-speculation", action="store_true", help="decode plainly; the tokens are the same")
     add("--num-speculative-tokens", metavar="K", type=integer, help="most draft tokens per target step")
+    add(
+        "--workers",
+        metavar="W",
+        help="draft in other processes: local or local:N starts them here, host:port[,...] finds them there",
+    )
+    add("--pipeline", metavar="P", help="with --workers: parallel (the default) or serial")
     add(
         "-sc",
         "--speculative-config",

@@ -86,3 +86,7 @@ def _abandon_output() -> None:
     except (AttributeError, OSError, ValueError):
         return
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -49,18 +49,19 @@ class Output:
         if self._labels and self.stream:
             _label(prompt_number, choice)
 
-    def piece(self, text: str, share: float) -> None:
-        """What a step added; share: of the choice's longest length, so far."""
-        if self.stream:
-            print(text.translate(_VISIBLE), end="", flush=True)
-        else:
-            self._bar.show(share)
+    def piece(self, text: str) -> None:
+        """What a step added to a streamed choice."""
+        print(text.translate(_VISIBLE), end="", flush=True)
+
+    def progress(self, choices: float) -> None:
+        """How many choices are done; one that is half as long as it may be counts half."""
+        self._bar.show(choices)
 
     def end(
         self, prompt_number: int, prompt: str, seed: int | None, done: Completion, seconds: float
     ) -> None:
         """Writes, or completes, one result."""
-        self._bar.count_one()
+        self._bar.close()
         if self._as_json:
             print(json.dumps(_row(prompt, seed, done), ensure_ascii=self._ascii), flush=True)
             return
@@ -90,19 +91,14 @@ class _Bar:
             *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
         )
         self._task = self._progress.add_task("", total=total)
-        self._done = 0
 
-    def show(self, share: float) -> None:
+    def show(self, choices: float) -> None:
         if self._wanted and time.monotonic() - self._began > SHOW_AFTER_S:
             self._progress.start()
-            self._progress.update(self._task, completed=self._done + share)
-
-    def count_one(self) -> None:
-        """Leaves the screen to a result; the next ``show`` draws the bar again."""
-        self.close()
-        self._done += 1
+            self._progress.update(self._task, completed=choices)
 
     def close(self) -> None:
+        """Leaves the screen to a result; the next ``show`` draws the bar again."""
         if self._wanted:
             self._progress.stop()
 

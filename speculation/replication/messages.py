@@ -126,6 +126,7 @@ class Growth:
     final: the drafter has taken all the steps it was allowed and waits for a commit.
     draft_steps, draft_rows, draft_seconds: what the drafter did since its last message;
         a step shared with other sessions is shared out by rows.
+    sent_at: on the drafter's own monotonic clock, in seconds.
     """
 
     session: int
@@ -140,6 +141,7 @@ class Growth:
     draft_steps: int = 0
     draft_rows: int = 0
     draft_seconds: float = 0.0
+    sent_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

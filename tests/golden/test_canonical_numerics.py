@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forwards import bushy_tree, chunked_logits, make_runner, random_ids
+from forwards import bushy_tree, chunked_logits, make_runner, random_ids, verify
 
 from outrider.models.numerics import MAX_ROWS, Numerics
 
@@ -56,7 +56,7 @@ def test_every_way_to_a_row_gives_its_bits(
             sequence = runner.open(runner.max_model_len)
             runner.prefill(sequence, ids[:root])
             tree, path = bushy_tree(ids[root + 1 : root + 1 + depth], junk)
-            logits = runner.verify(sequence, int(ids[root]), tree)
+            logits = verify(runner, sequence, int(ids[root]), tree)
             rows = [0, *(node + 1 for node in path)]
             assert torch.equal(logits[rows], plain[root : root + 1 + depth]), (root, depth, junk)
             sequence.close()
@@ -73,7 +73,7 @@ def test_rows_after_commits_are_those_of_plain_decoding(dtype: torch.dtype, make
     root = 0
     while root + 12 < LENGTH:
         tree, path = bushy_tree(ids[root + 1 : root + 1 + int(rng.integers(1, 11))], junk=2)
-        logits = runner.verify(sequence, int(ids[root]), tree)
+        logits = verify(runner, sequence, int(ids[root]), tree)
         assert torch.equal(logits[0], plain[root]), f"root at {root}"
         accepted = np.array(path[: int(rng.integers(0, len(path) + 1))], np.int64)
         runner.accept(sequence, accepted)

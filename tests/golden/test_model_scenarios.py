@@ -1,5 +1,6 @@
 """Lengths, acceptance, KV and logits of trees, and the draft model's sessions, on a tiny random Llama."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from outrider.models.numerics import Numerics
 from outrider.speculation.living_tree import LivingTree
 from outrider.speculation.request import Request
 from outrider.speculation.sampling_params import SamplingParams
+from outrider.speculation.statistics import SpeculationStatistics
 from outrider.speculation.tree import Law
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -134,7 +136,7 @@ def test_nodes_that_push_out_their_parents_siblings_still_grow(folder: Path, cap
     runner = AuditedRunner(decoder(folder, torch.float32), max_nodes=TREE_CAPACITY)
     for seed in range(6):
         request = Request(prompt_ids=np.arange(1, 9), params=SamplingParams(seed=seed, max_tokens=9))
-        session = draft_engine(runner, children=4).open(request)
+        session = draft_engine(runner, children=4).open(request, SpeculationStatistics())
         tree = session.tree = LivingTree(Law.COUPLED, capacity)
         computed: set[tuple[int, ...]] = set()
         for _ in range(5):
@@ -152,16 +154,16 @@ def test_logits_do_not_depend_on_how_many_are_wanted(folder: Path, dtype: torch.
     ids = np.random.default_rng(0).integers(1, VOCAB, 20)
     for count in range(1, 20):
         sequence = runner.open(CONTEXT)
-        rows = prefill_rows(sequence, ids[:count])
-        every = runner.forward(sequence, rows, first_logit_row=0)
+        rows = prefill_rows(sequence, ids[:count], first_logit_row=0)
+        every = runner.forward([rows])
         for first in range(count):
-            assert torch.equal(runner.forward(sequence, rows, first_logit_row=first), every[first:])
+            assert torch.equal(runner.forward([replace(rows, first_logit_row=first)]), every[first:])
         sequence.close()
 
 
 def test_a_request_that_cannot_start_leaves_nothing_behind(folder: Path) -> None:
     class Broken:
-        def open(self, request: Request) -> DraftSession:
+        def open(self, request: Request, stats: SpeculationStatistics) -> DraftSession:  # noqa: ARG002
             raise MemoryError(f"no room for {len(request.prompt_ids)} tokens")
 
     runner = AuditedRunner(decoder(folder, torch.float32))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forwards import bushy_tree, chunked_logits, make_runner, random_ids
+from forwards import bushy_tree, chunked_logits, make_runner, random_ids, verify
 from transformers import AutoModelForCausalLM
 
 from outrider.models.numerics import Numerics
@@ -71,7 +71,7 @@ def test_logits_equal_transformers(name: str, numerics: Numerics, make_model_fol
     root = 120
     _, sequence = chunked_logits(runner, ids[:root], [60, 60])
     tree, path = bushy_tree(ids[root + 1 : root + 13], junk=3)
-    logits = runner.verify(sequence, int(ids[root]), tree)
+    logits = verify(runner, sequence, int(ids[root]), tree)
     on_path = logits[[0, *(node + 1 for node in path)]]
     assert (on_path - expected[root : root + 13]).abs().max() <= TOLERANCE
 
@@ -84,4 +84,4 @@ def test_the_tolerance_notices_a_wrong_position(make_model_folder: Any) -> None:
     _, sequence = chunked_logits(runner, ids[:20], [20])
     sequence.length -= 1
     tree, _ = bushy_tree(ids[21:22], junk=0)
-    assert (runner.verify(sequence, int(ids[20]), tree)[0] - expected[20]).abs().max() > TOLERANCE
+    assert (verify(runner, sequence, int(ids[20]), tree)[0] - expected[20]).abs().max() > TOLERANCE

@@ -8,6 +8,7 @@ import numpy as np
 from outrider.actors.drafting import DraftSession
 from outrider.speculation.living_tree import DROPPED, LivingTree, Reroot
 from outrider.speculation.request import Request
+from outrider.speculation.statistics import SpeculationStatistics
 from outrider.speculation.tree import ROOT, DraftTree, Law
 from outrider.speculation.types import IntArray
 
@@ -97,7 +98,7 @@ class Scripted:
         self.propose = propose
         self.sessions: list[DraftSession] = []
 
-    def open(self, request: Request) -> DraftSession:
+    def open(self, request: Request, stats: SpeculationStatistics) -> DraftSession:  # noqa: ARG002
         self.sessions.append(ScriptedSession(self.propose, request.prompt_ids))
         return self.sessions[-1]
 
@@ -108,7 +109,7 @@ class Growing:
     def __init__(self, grow: Grow, *, capacity: int = 24) -> None:
         self.grow, self.capacity = grow, capacity
 
-    def open(self, request: Request) -> DraftSession:
+    def open(self, request: Request, stats: SpeculationStatistics) -> DraftSession:  # noqa: ARG002
         return GrowingSession(self.grow, request.prompt_ids, self.capacity)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from instruments.table_lm import TableLM
-from outrider.actors import target_engine
+from outrider.actors import request_run
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.types import FloatArray, IntArray
 
@@ -106,7 +106,7 @@ def drawing_from(noise: SharedNoise) -> Iterator[None]:
         return noise
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target_engine, "TokenChooser", make_chooser)
+        patch.setattr(request_run, "TokenChooser", make_chooser)
         yield
 
 

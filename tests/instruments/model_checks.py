@@ -6,14 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from forwards import verify
 
 from instruments import drafters
 from instruments.checks import paths_of
 from instruments.serving import EOS, Letters, Outcome, serve
 from instruments.table_lm import race_noise
-from outrider.actors.draft_engine import MIN_SCORE, TREE_CAPACITY, ModelDraftEngine, ModelDraftSession
+from outrider.actors.draft_engine import (
+    MIN_SCORE,
+    TREE_CAPACITY,
+    LocalModelDrafting,
+    ModelDraftEngine,
+    ModelDraftSession,
+)
 from outrider.actors.drafting import DraftEngine
 from outrider.actors.model_runner import ModelRunner
+from outrider.actors.runner import TreeQuery
 from outrider.actors.target_engine import TargetEngine, TargetModel
 from outrider.models.config import load_config
 from outrider.models.decoder import Decoder
@@ -21,10 +29,11 @@ from outrider.models.kv_cache import KVSequence
 from outrider.models.numerics import Numerics
 from outrider.models.weights import Checkpoint
 from outrider.speculation.living_tree import LivingTree
-from outrider.speculation.pipelines.serial import TreeShape
+from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.request import Request
-from outrider.speculation.sampling import LogitProcessor, TokenChooser
+from outrider.speculation.sampling import LogitProcessor, TokenChooser, perturb
 from outrider.speculation.sampling_params import SamplingParams
+from outrider.speculation.statistics import SpeculationStatistics
 from outrider.speculation.tree import ROOT, DraftTree
 from outrider.speculation.types import IntArray
 from outrider.speculation.verifiers.registry import make_verifier
@@ -59,7 +68,7 @@ class AuditedRunner(ModelRunner):
         self.opened: list[KVSequence] = []
         self._texts: dict[KVSequence, list[int]] = {}
         self._fresh: dict[tuple[object, ...], torch.Tensor] = {}
-        self._tree = DraftTree.empty()
+        self._trees: dict[KVSequence, DraftTree] = {}
 
     def open(self, max_tokens: int) -> KVSequence:
         self.opened.append(super().open(max_tokens))
@@ -69,15 +78,16 @@ class AuditedRunner(ModelRunner):
         super().prefill(sequence, tokens)
         self._texts[sequence] = self._texts.get(sequence, []) + tokens.tolist()
 
-    def verify(self, sequence: KVSequence, root: int, tree: DraftTree) -> torch.Tensor:
-        logits = super().verify(sequence, root, tree)
-        self._texts[sequence].append(root)
-        self._tree = tree
+    def verify(self, queries: Sequence[TreeQuery[KVSequence]]) -> list[torch.Tensor]:
+        logits = super().verify(queries)
+        for query in queries:
+            self._texts[query.sequence].append(query.root)
+            self._trees[query.sequence] = query.tree
         return logits
 
     def accept(self, sequence: KVSequence, nodes: IntArray) -> None:
         super().accept(sequence, nodes)
-        self._texts[sequence] += self._tree.tokens[nodes].tolist()
+        self._texts[sequence] += self._trees[sequence].tokens[nodes].tolist()
         self.require_equal(self.kv(sequence), self.fresh_kv(self._texts[sequence]))
         self.num_audits += 1
 
@@ -107,9 +117,10 @@ class AuditedRunner(ModelRunner):
     def _last_logits(self, text: Sequence[int]) -> torch.Tensor:
         sequence = super().open(len(text))
         super().prefill(sequence, np.array(text[:-1], np.int64))
-        logits = super().verify(sequence, text[-1], DraftTree.empty())[0]
+        query = TreeQuery(sequence=sequence, root=text[-1], tree=DraftTree.empty())
+        (logits,) = super().verify([query])
         sequence.close()
-        return logits
+        return logits[0]
 
     def require_equal(self, found: torch.Tensor, expected: torch.Tensor) -> None:
         assert found.shape == expected.shape, f"{found.shape} entries instead of {expected.shape}"
@@ -129,7 +140,7 @@ def check_kv_after_commits(runner: AuditedRunner) -> None:
             # A stranger in front: no node's index is its depth.
             tree = drafters.grafted(drafters.chain([0]), drafters.permuted(tree, rng), rng, below_root=True)
             path = node_path(tree, right)
-            runner.verify(sequence, int(rng.integers(1, VOCAB)), tree)
+            verify(runner, sequence, int(rng.integers(1, VOCAB)), tree)
             runner.accept(sequence, np.array(path[:count], np.int64))
         assert sequence.length == length + 5 + 9
         sequence.close()
@@ -152,7 +163,7 @@ def check_rows_are_paths(runner: AuditedRunner) -> None:
         for each in (tree, shuffled):
             sequence = runner.open(CONTEXT)
             runner.prefill(sequence, np.array(text[:-1], np.int64))
-            logits = runner.verify(sequence, text[-1], each)
+            logits = verify(runner, sequence, text[-1], each)
             sequence.close()
             runner.require_equal(logits[0], runner.fresh_logits(text))
             for row, path in zip(logits[1:], paths_of(each), strict=True):
@@ -212,9 +223,9 @@ def check_model_identity(
     return outcomes
 
 
-def draft_engine(runner: ModelRunner, *, width: int = 3, children: int = 3) -> ModelDraftEngine:
-    shape = TreeShape(num_speculative_tokens=MAX_NODES, width=width, children=children)
-    return ModelDraftEngine(runner, shape=shape, vocab_size=VOCAB, eos_ids=(EOS,))
+def draft_engine(runner: ModelRunner, *, children: int = 3) -> LocalModelDrafting:
+    engine = ModelDraftEngine(runner, vocab_size=VOCAB)
+    return LocalModelDrafting(engine, children=children, eos_ids=(EOS,))
 
 
 def check_draft_session(runner: AuditedRunner, params: SamplingParams, prompt_length: int) -> int:
@@ -224,7 +235,7 @@ def check_draft_session(runner: AuditedRunner, params: SamplingParams, prompt_le
     """
     rng = np.random.default_rng(prompt_length)
     prompt = rng.integers(1, VOCAB, prompt_length)
-    session = draft_engine(runner).open(Request(prompt_ids=prompt, params=params))
+    session = draft_engine(runner).open(Request(prompt_ids=prompt, params=params), SpeculationStatistics())
     sequence = runner.opened[-1]
     text, survivors = prompt.tolist(), 0
     for _ in range(14):
@@ -287,7 +298,7 @@ def best_children(
     processor = LogitProcessor(params, ids[:prompt_length], VOCAB, stop_ids)
     processor.commit(ids[prompt_length:])
     logits = processor.process(runner.fresh_logits(text)[None], DraftTree.empty())
-    perturbed = TokenChooser(params).perturbed(logits, np.array([len(text)]))[0].double().numpy()
+    perturbed = perturb([TokenChooser(params)], logits, [np.array([len(text)])])[0].double().numpy()
     best = np.argsort(-perturbed)[:3]
     return {int(token) for token in best if perturbed[token] / perturbed.sum() >= MIN_SCORE}
 

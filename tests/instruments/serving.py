@@ -10,7 +10,7 @@ import numpy as np
 from instruments.table_lm import TableLM
 from outrider.actors.drafting import DraftEngine
 from outrider.actors.target_engine import TargetEngine, TargetModel
-from outrider.speculation.pipelines.serial import TreeShape
+from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.request import Request, StepOutput
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.statistics import SpeculationStatistics

@@ -1,10 +1,12 @@
 """TableLM: an exact Markov model behind the engine's ``TargetRunner`` protocol."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from outrider.actors.runner import TreeQuery
 from outrider.kernels.gumbel import exponential_noise, stream_keys
 from outrider.speculation.tree import ROOT, DraftTree
 from outrider.speculation.types import FloatArray, IntArray
@@ -90,8 +92,11 @@ class TableLM:
         for token in tokens.tolist():
             sequence.append(Entry(token, sequence.digest()))
 
-    def verify(self, sequence: TableSequence, root: int, tree: DraftTree) -> torch.Tensor:
+    def verify(self, queries: Sequence[TreeQuery[TableSequence]]) -> list[torch.Tensor]:
         self.forwards += 1
+        return [self._answer(query.sequence, query.root, query.tree) for query in queries]
+
+    def _answer(self, sequence: TableSequence, root: int, tree: DraftTree) -> torch.Tensor:
         self.rows += len(tree) + 1
         sequence.append(Entry(root, sequence.digest()))
         digest = sequence.digest()

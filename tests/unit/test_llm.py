@@ -103,7 +103,8 @@ def test_the_widest_tree_in_the_shortest_context(limits: dict[str, int], folder:
     assert one.outputs[0].stats.num_accepted_tokens > 5
 
 
-def test_a_second_open_request_is_refused_in_our_words(llm: LLM) -> None:
+def test_a_second_open_request_is_refused_in_our_words(folder: Path) -> None:
+    llm = LLM(str(folder), max_num_seqs=1)
     first = llm.stream([5, 6], SamplingParams(temperature=0, max_tokens=500, ignore_eos=True))
     next(first)
     with pytest.raises(OutOfBlocksError, match="blocks"):

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forwards import MAX_NODES, bushy_tree, make_runner, random_ids
+from forwards import MAX_NODES, bushy_tree, make_runner, random_ids, verify
 from torch.profiler import ProfilerActivity, profile
 
 from outrider.actors.model_runner import ModelRunner
@@ -17,7 +17,7 @@ def allocated_bytes(runner: ModelRunner, sequence: KVSequence, nodes: int) -> in
     """Bytes that one tree step requests from the allocator."""
     tree, _ = bushy_tree(random_ids(nodes), junk=0)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        runner.verify(sequence, 5, tree)
+        verify(runner, sequence, 5, tree)
     sequence.length -= 1
     return sum(max(0, event.self_cpu_memory_usage) for event in recorded.events())
 
@@ -51,7 +51,7 @@ def test_the_largest_tree_fits_one_forward(make_model_folder: Any) -> None:
     sequence = runner.open(runner.max_model_len)
     tree, path = bushy_tree(random_ids(21), junk=2)
     assert len(tree) == MAX_NODES == MAX_ROWS - 1
-    assert runner.verify(sequence, 3, tree).shape == (MAX_ROWS, 320)
+    assert verify(runner, sequence, 3, tree).shape == (MAX_ROWS, 320)
     runner.accept(sequence, np.array(path))
     assert sequence.length == 22
 
@@ -62,4 +62,4 @@ def test_rows_that_only_fill_up_a_class_do_not_come_back(make_model_folder: Any)
     assert runner.decoder.classes.linear > 1, "float64 has no packed kernels and pads"
     sequence = runner.open(runner.max_model_len)
     tree, _ = bushy_tree(random_ids(2), junk=1)
-    assert runner.verify(sequence, 3, tree).shape == (5, 320)
+    assert verify(runner, sequence, 3, tree).shape == (5, 320)

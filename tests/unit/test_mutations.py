@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forwards import make_runner
 from instruments.checks import (
     GREEDY,
     SEEDED,
@@ -31,11 +32,12 @@ from instruments.model_checks import (
     check_rows_are_paths,
     decoder,
 )
+from instruments.ragged_checks import MAX_SEQUENCES, check_ragged_forwards
 from instruments.sampled_law import SHAPES, check_sampled_law
 
-from outrider.actors import model_runner, target_engine
+from outrider.actors import model_runner, request_run
 from outrider.actors.draft_engine import TREE_CAPACITY
-from outrider.actors.target_engine import RequestRun
+from outrider.actors.request_run import RequestRun
 from outrider.kernels.tree_attention import AttentionGroup
 from outrider.models import batch
 from outrider.models.batch import Rows
@@ -131,22 +133,28 @@ def count_history_only(self: Any, tree: DraftTree) -> tuple[IntArray, FloatArray
     return ids, np.tile(self._counts[ids], (len(tree) + 1, 1))
 
 
-def pad_to_batch(rows: Rows, base: int, classes: RowClasses, dtype: torch.dtype) -> list[AttentionGroup]:
+def pad_to_batch(rows: Rows, classes: RowClasses, dtype: torch.dtype) -> list[AttentionGroup]:
     """Every row takes its shared keys, and so its order of summing, from the longest row."""
     stride = batch.STRIDE
     prefix = stride * np.maximum(0, rows.positions // stride - 1)
     longest = np.full_like(prefix, prefix.max())
-    slots, mask = batch._canonical_tails(rows, base, longest)
+    slots, mask = batch._canonical_tails(rows, longest)
     return [
         AttentionGroup(
             rows=None,
             num_rows=len(prefix),
             padded=classes.attention_rows(len(prefix)),
-            shared=(base, int(prefix.max())),
+            shared=(rows.base, int(prefix.max())),
             tail_slots=torch.from_numpy(slots.reshape(-1)),
             tail_mask=torch.from_numpy(mask[:, None]).to(dtype),
         )
     ]
+
+
+def unshifted_groups(patch: pytest.MonkeyPatch) -> None:
+    """Every part's attention is that of the forward's first rows."""
+    original = batch._shifted
+    patch.setattr(batch, "_shifted", lambda group, _: original(group, 0))
 
 
 def commit_by_depth(patch: pytest.MonkeyPatch) -> None:
@@ -202,6 +210,10 @@ def check_drafting(folder: Path) -> None:
     check_draft_session(runner, SamplingParams(seed=5, max_tokens=99), 30)
 
 
+def check_several_sequences(folder: Path) -> None:
+    check_ragged_forwards(make_runner(folder, num_sequences=MAX_SEQUENCES + 1))
+
+
 def on_table(check: Callable[..., object], *arguments: Any) -> Check:
     return lambda _: check(*arguments)
 
@@ -209,7 +221,7 @@ def on_table(check: Callable[..., object], *arguments: Any) -> Check:
 MUTATIONS = [
     Mutation(
         name="a reused draw, by enumeration",
-        mutate=setting(target_engine, "row_positions", reused_draw),
+        mutate=setting(request_run, "row_positions", reused_draw),
         check=on_table(check_law, "coupled chain", 2),
         caught_by=f"{LAWS}::test_enumerated_law_equals_the_target_s",
     ),
@@ -224,7 +236,7 @@ MUTATIONS = [
     ),
     Mutation(
         name="noise off by one position",
-        mutate=setting(target_engine, "row_positions", off_by_one),
+        mutate=setting(request_run, "row_positions", off_by_one),
         check=on_table(check_identity, SEEDED, 2),
         caught_by=f"{LAWS}::test_seeded_output_is_the_definition_s_for_every_length_and_drafter",
     ),
@@ -236,13 +248,13 @@ MUTATIONS = [
     ),
     Mutation(
         name="EOS unchecked",
-        mutate=setting(target_engine, "StopChecker", NoEos),
+        mutate=setting(request_run, "StopChecker", NoEos),
         check=on_table(check_eos),
         caught_by=f"{SCENARIOS}::test_output_ends_at_the_first_committed_eos",
     ),
     Mutation(
         name="EOS unchecked inside the accepted path",
-        mutate=setting(target_engine, "StopChecker", LastTokenOnly),
+        mutate=setting(request_run, "StopChecker", LastTokenOnly),
         check=on_table(check_eos),
         caught_by=f"{SCENARIOS}::test_output_ends_at_the_first_committed_eos",
     ),
@@ -263,6 +275,12 @@ MUTATIONS = [
         mutate=setting(batch, "_canonical_groups", pad_to_batch),
         check=audited(check_rows_are_paths),
         caught_by=f"{MODELS}::test_a_node_s_logits_are_those_of_its_path_alone",
+    ),
+    Mutation(
+        name="a sequence's attention given to another's rows",
+        mutate=unshifted_groups,
+        check=check_several_sequences,
+        caught_by="tests/golden/test_ragged_forward.py::test_rows_are_the_same_as_alone",
     ),
     Mutation(
         name="accepted KV taken from the wrong slot",
@@ -304,19 +322,19 @@ MUTATIONS = [
     ),
     Mutation(
         name="the last window not cut at max_tokens",
-        mutate=setting(target_engine, "StopChecker", WholeWindows),
+        mutate=setting(request_run, "StopChecker", WholeWindows),
         check=on_table(check_identity, GREEDY, 2),
         caught_by=f"{SCENARIOS}::test_greedy_output_has_the_exact_length_and_tokens",
     ),
     Mutation(
         name="stop strings not found across tokens",
-        mutate=setting(target_engine, "StopChecker", NoStraddling),
+        mutate=setting(request_run, "StopChecker", NoStraddling),
         check=on_table(check_stop_strings),
         caught_by=f"{SCENARIOS}::test_stop_strings_may_straddle_the_bonus_token",
     ),
     Mutation(
         name="speculation silently off",
-        mutate=setting(RequestRun, "_schedule", lambda _: DraftTree.empty()),
+        mutate=setting(RequestRun, "select", lambda *_: DraftTree.empty()),
         check=on_table(check_forward_counts, 2),
         caught_by=f"{SCENARIOS}::test_forward_counts_of_perfect_and_wrong_drafters",
     ),

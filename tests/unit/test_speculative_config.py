@@ -6,7 +6,7 @@ import pytest
 
 from outrider.cluster.speculative_config import SpeculativeConfig
 from outrider.speculation.errors import InvalidConfigError
-from outrider.speculation.pipelines.serial import MAX_VERIFIED_NODES
+from outrider.speculation.pipelines.shape import MAX_VERIFIED_NODES
 
 
 def test_a_model_means_a_draft_model_and_nothing_means_ngrams() -> None:
@@ -34,7 +34,18 @@ def test_the_tree_is_bounded_as_asked() -> None:
         ({"method": "magic"}, ["method", "'magic'", "ngram"]),
         ({"method": "draft_model"}, ["draft_model", "needs a model"]),
         ({"method": "ngram", "model": "x"}, ["ngram", "'x'"]),
-        ({"model": "x", "pipeline": "parallel"}, ["pipeline", "'parallel'", "serial"]),
+        ({"model": "x", "pipeline": "parallel"}, ["pipeline", "'parallel'", "needs workers"]),
+        ({"model": "x", "pipeline": "paralel"}, ["pipeline", "'paralel'", "serial", "parallel"]),
+        ({"workers": "local", "method": "ngram"}, ["workers", "'ngram'"]),
+        ({"workers": "local"}, ["needs a model"]),
+        ({"workers": "local:x", "model": "x"}, ["local:N", "'local:x'"]),
+        ({"workers": "local:0", "model": "x"}, ["count", "0"]),
+        ({"workers": "nowhere", "model": "x"}, ["host:port", "'nowhere'"]),
+        ({"workers": ["host:0"]}, ["host:port", "'host:0'"]),
+        ({"workers": ["host:1"], "model": "x"}, ["theirs to choose", "'x'"]),
+        ({"workers": {"cuont": 1}, "model": "x"}, ["workers", "'cuont'", "'count'"]),
+        ({"workers": {"threads": 0}, "model": "x"}, ["threads", "0"]),
+        ({"workers": 3, "model": "x"}, ["workers", "3"]),
         ({"model": "x", "num_speculative_tokens": 0}, ["num_speculative_tokens", "0"]),
         ({"model": "x", "num_speculative_tokens": True}, ["num_speculative_tokens", "True"]),
         (

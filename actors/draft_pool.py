@@ -1,0 +1,184 @@
+"""The draft workers of one target engine: who drafts for whom, and what arrives from them.
+
+Plain Python; channels and clock are passed in. A worker that fails, hangs or talks nonsense
+costs its requests their growth and nothing else: they are opened at another worker, or
+decoded plainly until one is back.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from outrider.actors.remote_session import RemoteSession
+from outrider.actors.transport import Arrivals, DraftChannel, Received
+from outrider.speculation.replication.messages import Growth, GrowthLimits, Lost, Welcome
+from outrider.speculation.request import Request
+from outrider.speculation.statistics import SpeculationStatistics
+
+REPLICA_CAPACITY = 512
+"""Nodes of a request's tree at the target."""
+AVOIDED_SECONDS = 5.0
+
+
+@dataclass(slots=True, eq=False)
+class _Link:
+    """One worker. clock_offset: its clock against ours, at most the fastest message too much.
+
+    avoid_until: others are preferred, for it has failed a request lately.
+    """
+
+    channel: DraftChannel
+    welcome: Welcome | None = None
+    sessions: dict[int, RemoteSession] = field(default_factory=dict)
+    clock_offset: float = float("inf")
+    avoid_until: float = 0.0
+
+    @property
+    def has_room(self) -> bool:
+        return self.welcome is not None and len(self.sessions) < self.welcome.max_sessions
+
+
+class DraftPool:
+    """Opens requests at draft workers and keeps their trees fed.
+
+    limits: of growth; ``steps`` those after the prompt. clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[DraftChannel],
+        arrivals: Arrivals,
+        *,
+        limits: GrowthLimits,
+        vocab_size: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._links = [_Link(channel) for channel in channels]
+        self._arrivals, self._limits = arrivals, limits
+        self._vocab_size, self._clock = vocab_size, clock
+        self._last_number = 0
+        self._homeless: list[RemoteSession] = []
+        self.last_failure = ""
+        """Why a worker was last out of reach, for people."""
+
+    @property
+    def num_connected(self) -> int:
+        """Workers in reach."""
+        return sum(link.welcome is not None for link in self._links)
+
+    @property
+    def num_sessions(self) -> int:
+        """Requests that a worker drafts for."""
+        return sum(len(link.sessions) for link in self._links)
+
+    def open(self, request: Request, stats: SpeculationStatistics) -> RemoteSession:
+        """A session for a request; without a worker in reach it waits for one."""
+        self._last_number += 1
+        session = RemoteSession(
+            self._last_number,
+            request,
+            limits=self._limits,
+            vocab_size=self._vocab_size,
+            capacity=REPLICA_CAPACITY,
+            stats=stats,
+            clock=self._clock,
+        )
+        self._homeless.append(session)
+        self._place_homeless()
+        return session
+
+    def poll(self, busy: tuple[float, float] = (0.0, 0.0)) -> None:
+        """Takes in all that has arrived; never waits.
+
+        busy: when the target's last step began and ended; drafting meanwhile was hidden.
+        """
+        now = self._clock()
+        touched: dict[int, RemoteSession] = {}
+        for link in self._links:
+            for received in link.channel.receive():
+                self._take(link, received, now, busy, touched)
+        for session in touched.values():
+            session.absorb()
+        for link in self._links:
+            self._sort_out(link, now)
+        if self._homeless:
+            self._place_homeless()
+
+    def wait(self, seconds: float) -> None:
+        """Until something arrives, or time is up."""
+        self._arrivals.wait(seconds)
+
+    def wait_for_workers(self, seconds: float) -> int:
+        """Until every worker is in reach, or time is up; returns how many are."""
+        deadline = self._clock() + seconds
+        while self.num_connected < len(self._links) and (left := deadline - self._clock()) > 0:
+            self._arrivals.wait(left)
+            self.poll()
+        return self.num_connected
+
+    def close(self) -> None:
+        """Ends all streams."""
+        for link in self._links:
+            link.channel.close()
+
+    def _take(
+        self,
+        link: _Link,
+        received: Received,
+        now: float,
+        busy: tuple[float, float],
+        touched: dict[int, RemoteSession],
+    ) -> None:
+        event = received.event
+        if isinstance(event, Growth):
+            session = link.sessions.get(event.session)
+            if session is not None and session.receive(event, received.num_bytes):
+                touched[session.number] = session
+                link.clock_offset = min(link.clock_offset, now - event.sent_at)
+                hidden = busy[0] <= event.sent_at + link.clock_offset <= busy[1]
+                session.stats.overlapped_draft_seconds += event.draft_seconds * hidden
+        elif isinstance(event, Welcome):
+            link.welcome, link.clock_offset = event, float("inf")
+        elif isinstance(event, Lost):
+            session = link.sessions.get(event.session)
+            if session is not None and session.is_lost(event.generation):
+                session.give_up()
+        else:
+            self._drop_all(link, event)
+
+    def _drop_all(self, link: _Link, event: object) -> None:
+        """After a disconnection or an overflow nothing of the link can be relied on."""
+        reason = getattr(event, "reason", None)
+        if reason is not None:
+            link.welcome = None
+            self.last_failure = f"{link.channel.address}: {reason}"
+        for session in link.sessions.values():
+            if reason is None:
+                session.give_up()
+            else:
+                session.detach()
+
+    def _sort_out(self, link: _Link, now: float) -> None:
+        """Lets go of sessions that are over, have been given up, or get no answer."""
+        for session in list(link.sessions.values()):
+            if session.is_silent(now):
+                session.give_up()
+            if not session.reachable:
+                del link.sessions[session.number]
+                if not session.closed:
+                    link.avoid_until = now + AVOIDED_SECONDS
+                    self._homeless.append(session)
+
+    def _place_homeless(self) -> None:
+        now = self._clock()
+        waiting, self._homeless = self._homeless, []
+        for session in waiting:
+            if session.closed:
+                continue
+            free = [link for link in self._links if link.has_room]
+            if not free or session.retry_at > now:
+                self._homeless.append(session)
+                continue
+            link = min(free, key=lambda link: (link.avoid_until > now, len(link.sessions)))
+            assert link.welcome is not None
+            link.sessions[session.number] = session
+            session.open_at(link.channel, link.welcome.name)

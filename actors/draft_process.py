@@ -1,0 +1,88 @@
+"""A draft worker as a process: the network's loop on one thread, drafting on the other."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from outrider.actors.draft_worker import DraftWorker
+from outrider.actors.grpc_server import DraftServer, Peer
+from outrider.actors.io_thread import IoThread
+from outrider.actors.security import Security
+from outrider.speculation.replication.messages import Hello, TargetMessage, Welcome
+
+GRACE_SECONDS = 0.2
+MAX_WAITING = 1 << 16
+"""Messages that may wait for the end of a draft step; a target that sends more is not heard."""
+
+
+class DraftProcess:
+    """Serves targets with one worker. Everything that the worker sees happens on ``run``'s thread.
+
+    port: 0 takes a free one; ``address`` tells which.
+
+    Raises:
+        InvalidConfigError: see ``DraftServer``.
+    """
+
+    def __init__(
+        self, worker: DraftWorker, welcome: Welcome, *, host: str, port: int, security: Security
+    ) -> None:
+        self._worker = worker
+        self._events: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._io = IoThread()
+        self._server = DraftServer(welcome, self, host=host, port=port, security=security)
+        try:
+            self._io.run(self._server.start())
+        except BaseException:
+            self._io.close()
+            raise
+        self.address = f"{host}:{self._server.port}"
+
+    def run(self) -> None:
+        """Drafts until ``stop``; commits are heeded between two steps."""
+        try:
+            while not self._stopped:
+                self._take_in()
+                if not self._worker.step():
+                    self._wait()
+        finally:
+            self._io.run(self._server.stop(GRACE_SECONDS))
+            self._io.close()
+
+    def stop(self) -> None:
+        """Makes ``run`` return after the step at hand; safe in a signal handler."""
+        self._stopped = True
+        # A handler may have interrupted the very thread that holds the lock.
+        threading.Thread(target=self._notify, daemon=True).start()
+
+    def joined(self, peer: Peer, hello: Hello) -> None:
+        """See ``PeerEvents``."""
+        self._put(lambda: self._worker.joined(peer, hello))
+
+    def message(self, peer: Peer, message: TargetMessage, num_bytes: int) -> None:  # noqa: ARG002
+        """See ``PeerEvents``."""
+        if len(self._events) < MAX_WAITING:
+            self._put(lambda: self._worker.message(peer, message))
+
+    def left(self, peer: Peer) -> None:
+        """See ``PeerEvents``."""
+        self._put(lambda: self._worker.left(peer))
+
+    def _put(self, event: Callable[[], None]) -> None:
+        with self._changed:
+            self._events.append(event)
+            self._changed.notify()
+
+    def _take_in(self) -> None:
+        while self._events:
+            self._events.popleft()()
+
+    def _wait(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._events or self._stopped)
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify()

@@ -1,0 +1,147 @@
+"""Starts draft workers on this machine, without Ray, and ends them."""
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from outrider.actors.security import Security
+from outrider.cluster.cluster_security import TOKEN_VARIABLE
+from outrider.speculation.errors import WorkerError
+
+START_SECONDS = 120.0
+"""For a worker to load its model."""
+STOP_SECONDS = 3.0
+MAX_COMPLAINT_LINES = 20
+
+
+@dataclass(slots=True)
+class _Worker:
+    """One process. address: where it listens; empty until it says so."""
+
+    process: subprocess.Popen[str]
+    address: str = ""
+    complaints: list[str] = field(default_factory=list)
+    readers: list[threading.Thread] = field(default_factory=list)
+
+
+class LocalWorkers:
+    """Draft workers in processes of their own, each on a free port of the loopback interface.
+
+    A worker ends when this process does, however that ends: it watches a pipe from it.
+    security: what connecting to them takes, a fresh token.
+
+    count: of workers. arguments: of ``outrider draft-worker``, without port and name.
+
+    Raises:
+        WorkerError: one could not start; the message holds what it said.
+    """
+
+    def __init__(self, count: int, arguments: Sequence[str]) -> None:
+        self.security = Security(token=secrets.token_hex(16))
+        self._arguments = list(arguments)
+        self._workers: list[_Worker] = []
+        try:
+            self._workers = [self._start(index, 0) for index in range(count)]
+            for worker in self._workers:
+                _await_address(worker)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def addresses(self) -> list[str]:
+        """host:port of each."""
+        return [worker.address for worker in self._workers]
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of each."""
+        return [worker.process.pid for worker in self._workers]
+
+    def restart(self, index: int) -> None:
+        """Ends one worker, if it still runs, and starts another on the same port.
+
+        Raises:
+            WorkerError: it could not start.
+        """
+        worker = self._workers[index]
+        worker.process.kill()
+        _finish(worker)
+        self._workers[index] = self._start(index, int(worker.address.rpartition(":")[2]))
+        _await_address(self._workers[index])
+
+    def close(self) -> None:
+        """Ends all workers and waits until they are gone; may be called twice."""
+        for worker in self._workers:
+            # Their signal to stop; one that hangs is killed.
+            assert worker.process.stdin is not None
+            with contextlib.suppress(OSError):
+                worker.process.stdin.close()
+            worker.process.terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        for worker in self._workers:
+            try:
+                worker.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+            _finish(worker)
+        self._workers = []
+
+    def _start(self, index: int, port: int) -> _Worker:
+        command = [sys.executable, "-m", "outrider.cluster.cli.main", "draft-worker", *self._arguments]
+        command += ["--port", str(port), "--name", f"draft-{index}", "--exit-with-stdin"]
+        assert self.security.token is not None
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, TOKEN_VARIABLE: self.security.token},
+            # Ctrl-C reaches the whole terminal group; workers end when their owner says so.
+            start_new_session=True,
+        )
+        worker = _Worker(process)
+        listener = threading.Thread(target=_listen, args=(worker,), daemon=True)
+        listener.start()
+        worker.readers.append(listener)
+        return worker
+
+
+def _listen(worker: _Worker) -> None:
+    """Keeps the last lines of standard error, so that the pipe never fills."""
+    assert worker.process.stderr is not None
+    for line in worker.process.stderr:
+        worker.complaints.append(line.rstrip())
+        del worker.complaints[:-MAX_COMPLAINT_LINES]
+
+
+def _await_address(worker: _Worker) -> None:
+    assert worker.process.stdout is not None
+    timer = threading.Timer(START_SECONDS, worker.process.kill)
+    timer.start()
+    line = worker.process.stdout.readline()
+    timer.cancel()
+    if not line:
+        worker.process.wait()
+        worker.readers[0].join(1.0)
+        said = worker.complaints[-1].removeprefix("outrider: ") if worker.complaints else "nothing was said"
+        raise WorkerError(f"a draft worker ended with code {worker.process.returncode}: {said}")
+    worker.address = json.loads(line)["address"]
+
+
+def _finish(worker: _Worker) -> None:
+    worker.process.wait()
+    for reader in worker.readers:
+        reader.join()
+    for pipe in (worker.process.stdin, worker.process.stdout, worker.process.stderr):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()

@@ -1,0 +1,88 @@
+"""The ``workers`` of a speculative config: who drafts in processes of their own."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from outrider.speculation.errors import InvalidConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkersConfig:
+    """Draft workers, either started on this machine or reached by address.
+
+    count: of local workers. threads, max_sessions: of each local worker.
+    addresses: host:port of running ones; none are started then.
+    tls_ca, tls_certificate, tls_key: PEM files for reaching them; TLS is off without any.
+    """
+
+    count: int = 1
+    threads: int = 1
+    max_sessions: int = 16
+    addresses: tuple[str, ...] = ()
+    tls_ca: str | None = None
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+
+    @classmethod
+    def parse(cls, value: Any) -> "WorkersConfig":
+        """``"local"``, ``"local:2"``, ``"host:port,host:port"``, a list of these, or a mapping.
+
+        Raises:
+            InvalidConfigError: it is none of them.
+        """
+        if isinstance(value, str):
+            return cls._parse_text(value)
+        if isinstance(value, Mapping):
+            refuse_unknown("speculative_config.workers", value, (each.name for each in fields(cls)))
+            given = dict(value)
+            if "addresses" in given:
+                given["addresses"] = _addresses(given["addresses"])
+            return cls(**given)._checked()
+        if isinstance(value, Sequence):
+            return cls(addresses=_addresses(value))
+        raise InvalidConfigError(f"speculative_config: workers must be 'local' or addresses, not {value!r}")
+
+    @classmethod
+    def _parse_text(cls, text: str) -> "WorkersConfig":
+        kind, colon, number = text.partition(":")
+        if kind != "local":
+            return cls(addresses=_addresses(text.split(",")))
+        if colon and not number.isdecimal():
+            raise InvalidConfigError(f"speculative_config: workers must be local:N, not {text!r}")
+        return cls(count=int(number) if colon else 1)._checked()
+
+    def _checked(self) -> "WorkersConfig":
+        for name in ("count", "threads", "max_sessions"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidConfigError(
+                    f"speculative_config.workers: {name} must be a positive integer, not {value!r}"
+                )
+        for name in ("tls_ca", "tls_certificate", "tls_key"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise InvalidConfigError(f"speculative_config.workers: {name} must be a path, not {value!r}")
+        return self
+
+
+def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises InvalidConfigError for a key that is not known, naming the nearest one."""
+    names = sorted(known)
+    for key in given:
+        if key not in names:
+            nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
+            raise InvalidConfigError(f"{where}: unknown key {key!r}; did you mean {nearest!r}?")
+
+
+def _addresses(values: Any) -> tuple[str, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise InvalidConfigError(f"speculative_config.workers: addresses must be host:port, not {values!r}")
+    for value in values:
+        host, _, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise InvalidConfigError(
+                f"speculative_config: workers must be 'local', 'local:N' or host:port, not {value!r}"
+            )
+    return tuple(values)

@@ -1,0 +1,56 @@
+"""What steps cost and yield, learnt online by all requests of one engine together."""
+
+from outrider.speculation.step_cost import StepCostModel
+from outrider.speculation.types import FloatArray
+
+LEARNING_RATE = 0.05
+"""Weight of one round in the running estimates."""
+FORGETTING = 0.005
+"""How fast the estimates of an unused drafter return to where they are tried again."""
+SETTLED = 32
+REFIT_EVERY = 8
+"""The curve is fitted anew after every one of the first target steps, then after so many."""
+FIRST_HIT_PROBABILITY = 0.8
+"""Assumed chance that a node's children hold the target's token, before any was judged."""
+
+
+class CostEstimates:
+    """What rounds cost and yield, learnt online and shared by all requests of one engine."""
+
+    def __init__(self, step_cost: StepCostModel | None = None) -> None:
+        self.step_cost = step_cost or StepCostModel()
+        self.draft_seconds: float | None = None
+        self.round_trip: float | None = None
+        """Seconds of a remote drafter's round beside its draft steps; None before the first."""
+        self.hit_probability = FIRST_HIT_PROBABILITY
+        self._curve: FloatArray | None = None
+        self._num_observed = 0
+
+    def curve(self, max_rows: int) -> FloatArray:
+        """Seconds of a target step by rows, ``[max_rows]``."""
+        if self._curve is None or len(self._curve) < max_rows:
+            self._curve = self.step_cost.curve(max_rows)
+        return self._curve[:max_rows]
+
+    def observe_target_step(self, rows: int, seconds: float) -> None:
+        self.step_cost.observe(rows, seconds)
+        self._num_observed += 1
+        # Fitting the curve takes longer than using it, and one step says little once many did.
+        if self._num_observed < SETTLED or not self._num_observed % REFIT_EVERY:
+            self._curve = None
+
+    def observe_draft_step(self, seconds: float) -> None:
+        known = seconds if self.draft_seconds is None else self.draft_seconds
+        # A stall is not the drafter's cost: one step counts as at most four times the estimate.
+        self.draft_seconds = known + LEARNING_RATE * (min(seconds, 4 * known) - known)
+
+    def observe_children(self, hits: int, misses: int) -> None:
+        """Nodes on the accepted path whose children held the target's token, or did not."""
+        for hit in (1.0,) * hits + (0.0,) * misses:
+            self.hit_probability += LEARNING_RATE * (hit - self.hit_probability)
+
+    def forget_a_little(self) -> None:
+        """After a step without drafting: what made it unattractive may have changed."""
+        self.hit_probability += FORGETTING * (FIRST_HIT_PROBABILITY - self.hit_probability)
+        if self.draft_seconds is not None:
+            self.draft_seconds *= 1 - FORGETTING

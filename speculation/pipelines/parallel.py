@@ -1,0 +1,36 @@
+"""``pipeline: parallel``: the living tree. The drafter grows all the time, the target never waits.
+
+Every target step verifies the best subtree that has arrived, even an empty one, which then is
+a step of plain decoding; what grows meanwhile below the nodes in flight survives the commit.
+After a miss the bare root is verified at once while the drafter grows from it (PEARL's
+pre-verify, Liu et al., "PEARL: Parallel Speculative Decoding with Adaptive Draft Length",
+2024); otherwise drafting goes on during verification (its post-verify).
+"""
+
+import numpy as np
+
+from outrider.speculation.pipelines.actions import RemoteDraft, Verify
+from outrider.speculation.pipelines.costs import CostEstimates
+from outrider.speculation.pipelines.shape import TreeShape
+from outrider.speculation.selection import best_budget
+from outrider.speculation.types import Verdict
+
+
+class ParallelPipeline:
+    """One request's decisions; it holds no state but the engine's estimates."""
+
+    def __init__(self, shape: TreeShape, costs: CostEstimates) -> None:
+        self.shape, self.costs = shape, costs
+
+    def decide(self, draft: RemoteDraft, now: float) -> Verify:  # noqa: ARG002, it never waits
+        """As many of the nodes at hand as raise the expected tokens per second."""
+        if not self.shape.adaptive:
+            return Verify(self.shape.num_speculative_tokens)
+        live = -np.sort(-draft.tree.path_scores[draft.tree.slots])
+        curve = self.costs.curve(self.shape.num_speculative_tokens + 1)
+        return Verify(best_budget(live, curve))
+
+    def observe_verdict(self, verdict: Verdict, parents_with_children: int) -> None:
+        """See ``SerialPipeline.observe_verdict``."""
+        hits = verdict.num_accepted_tokens
+        self.costs.observe_children(hits, parents_with_children - hits)

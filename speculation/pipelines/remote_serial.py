@@ -1,0 +1,91 @@
+"""``pipeline: serial`` with the drafter in another process: its growth and verification take turns.
+
+A commit tells the drafter how many steps to take; the target waits for them, then verifies.
+How many steps maximises expected tokens per second: with hit probability h, k steps yield
+``1 + h + ... + h**k`` tokens in ``T_target + round trip + k * T_draft`` (vanilla speculative
+decoding, Leviathan et al., 2023, theorem 3.8, with the trip added). A drafter that does not
+answer in time is not waited for again until it has caught up.
+"""
+
+import numpy as np
+
+from outrider.speculation.pipelines.actions import RemoteDraft, Verify, Wait
+from outrider.speculation.pipelines.costs import LEARNING_RATE, CostEstimates
+from outrider.speculation.pipelines.shape import TreeShape
+from outrider.speculation.selection import best_budget
+from outrider.speculation.types import Verdict
+
+MAX_PATIENCE = 0.2
+"""Seconds that a target waits for a drafter at most; a stall must stay under a quarter second."""
+PATIENCE = 4.0
+"""Expected durations of a round after which a drafter counts as late."""
+LEAST_PATIENCE = 0.02
+
+
+class RemoteSerialPipeline:
+    """One request's decisions: ``Wait`` for the drafter's steps, or ``Verify`` now."""
+
+    def __init__(self, shape: TreeShape, costs: CostEstimates) -> None:
+        self.shape, self.costs = shape, costs
+        self._late = False
+        self._judged: float | None = None
+        """When the round began that was last learnt from."""
+
+    def decide(self, draft: RemoteDraft, now: float) -> Wait | Verify:
+        """The next action; call again whenever something has arrived or the time is up."""
+        current = draft.round
+        if current.ended is None and current.allowed and draft.reachable and not self._late:
+            until = current.began + self._patience(current.allowed)
+            if now < until:
+                return Wait(until)
+            self._late = True
+        if current.ended is not None:
+            self._late = False
+            self._learn(draft)
+        draft.steps_after_commit = self._best_steps()
+        return Verify(self._budget(draft))
+
+    def observe_verdict(self, verdict: Verdict, parents_with_children: int) -> None:
+        """See ``SerialPipeline.observe_verdict``."""
+        hits = verdict.num_accepted_tokens
+        self.costs.observe_children(hits, parents_with_children - hits)
+
+    def _budget(self, draft: RemoteDraft) -> int:
+        if not self.shape.adaptive:
+            return self.shape.num_speculative_tokens
+        live = -np.sort(-draft.tree.path_scores[draft.tree.slots])
+        curve = self.costs.curve(self.shape.num_speculative_tokens + 1)
+        return best_budget(live, curve)
+
+    def _learn(self, draft: RemoteDraft) -> None:
+        current = draft.round
+        assert current.ended is not None
+        if self._judged == current.began:
+            return
+        self._judged = current.began
+        if not current.allowed:
+            self.costs.forget_a_little()
+        elif current.steps:
+            self.costs.observe_draft_step(current.seconds / current.steps)
+            trip = max(0.0, current.ended - current.began - current.seconds)
+            known = trip if self.costs.round_trip is None else self.costs.round_trip
+            self.costs.round_trip = known + LEARNING_RATE * (min(trip, 4 * known) - known)
+
+    def _patience(self, steps: int) -> float:
+        costs = self.costs
+        if costs.draft_seconds is None or costs.round_trip is None:
+            return MAX_PATIENCE
+        expected = costs.round_trip + steps * costs.draft_seconds
+        return min(MAX_PATIENCE, max(LEAST_PATIENCE, PATIENCE * expected))
+
+    def _best_steps(self) -> int:
+        """Draft steps of the next round, from 0 to the shape's depth."""
+        depth, costs = self.shape.depth, self.costs
+        if not self.shape.adaptive:
+            return depth
+        steps = np.arange(depth + 1)
+        tokens = np.cumsum(costs.hit_probability**steps)
+        rows = np.minimum(self.shape.width * steps, self.shape.num_speculative_tokens)
+        verify = costs.curve(self.shape.num_speculative_tokens + 1)[rows]
+        draft = np.where(steps > 0, (costs.round_trip or 0.0) + steps * (costs.draft_seconds or 0.0), 0.0)
+        return int((tokens / (verify + draft)).argmax())
