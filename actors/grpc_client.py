@@ -29,10 +29,12 @@ INBOX_BYTES = 4 << 20
 OUTBOX_BYTES = 16 << 20
 
 _OPTIONS = (
-    # A worker whose host vanished is noticed within a second.
+    # A worker whose host vanished is noticed within a second: TCP drops what is not acknowledged
+    # in time. One that hangs acknowledges for ever; only the ping's own timeout finds it, within
+    # two. Pings wait behind large messages, so that must not be shorter.
     ("grpc.keepalive_time_ms", 500),
     ("grpc.keepalive_timeout_ms", 500),
-    ("grpc.http2.ping_timeout_ms", 500),
+    ("grpc.http2.ping_timeout_ms", 1000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # Else a new channel would share the old one's connection, and its backoff.
@@ -48,6 +50,8 @@ _LASTING = frozenset(
         grpc.StatusCode.UNIMPLEMENTED,
     }
 )
+_MASKED = "Internal error from Core"
+"""What grpc.aio makes of a write that meets the end of a stream; the worker's own status is lost."""
 _Call = grpc.aio.StreamStreamCall[bytes, bytes]
 
 
@@ -160,6 +164,8 @@ class GrpcDraftChannel:
             await self._converse(channel)
             return _Failure("the draft worker ended the stream")
         except grpc.aio.AioRpcError as error:
+            if error.details() == _MASKED:
+                return _Failure("the draft worker ended the stream while it was written to")
             reason = one_line(f"{error.code().name}: {error.details()}")
             return _Failure(reason, lasting=error.code() in _LASTING)
         except _RefusedError as error:

@@ -4,13 +4,18 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from outrider.models.inflate import inflate
 
 
 def conditions(**more: Any) -> dict[str, Any]:
@@ -26,6 +31,15 @@ def conditions(**more: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **more,
     }
+
+
+@contextmanager
+def inflated(source: Path, parameters: int) -> Iterator[Path]:
+    """A folder with the model blown up to so many parameters, for as long as it is needed."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "target"
+        inflate(source, target, parameters=parameters)
+        yield target
 
 
 def _cpu_name() -> str:

@@ -3,10 +3,19 @@
 On CPU oneDNN's blocked weight layout halves the time of a step of a few rows, and its
 kernels were found to give a row the same bits whatever the number of rows (plain
 ``F.linear`` does so only for multiples of four rows; docs/numerics.md).
+
+Not with AMX, whose tiles sum in an order that depends on the number of rows: there 64 rows
+would have to be computed for every one. So oneDNN is asked to stay below AMX, which it reads
+once, before its first product; whoever sets the variable decides for himself, and the
+start-up probe finds out what rows then cost.
 """
+
+import os
 
 import torch
 import torch.nn.functional as F
+
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
 def can_pack(weight: torch.Tensor) -> bool:

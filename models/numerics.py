@@ -20,6 +20,8 @@ MAX_ROWS = 64
 MAX_TAIL = 256
 """Nodes that rows of one sequence may attend together; draft trees hold no more."""
 QUANTA = (1, 2, 4, 8, 16, 32, MAX_ROWS)
+DRAWS = 4
+"""Random inputs that each linear layer is probed with: rare roundings hide from one of them."""
 PROBED_ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 20, 24, 31, 32, 33, 40, 48, 56, 63, 64)
 
 
@@ -85,7 +87,9 @@ def probe(
     """Row classes for these linear layers and for attention of shape ``heads`` = (G, Q, D)."""
     generator = torch.Generator().manual_seed(0)
     distinct = {(linear.shape, linear.packed): linear for linear in linears}
-    linear_quanta = [_linear_quantum(linear, dtype, generator) for linear in distinct.values()]
+    linear_quanta = [
+        _linear_quantum(linear, dtype, generator) for linear in distinct.values() for _ in range(DRAWS)
+    ]
     longest = max(0, max_keys // STRIDE - 1) * STRIDE
     key_counts = sorted({0, min(STRIDE, longest), min(7 * STRIDE, longest), longest})
     attention_quanta = [_attention_quantum(heads, S, attention_dtype, generator) for S in key_counts]

@@ -14,8 +14,20 @@ MAY_IMPORT = {
     "actors": {"kernels", "models", "protos", "speculation"},
     "cluster": {"actors", "kernels", "models", "speculation"},
 }
-ONLY_IN = {"ray": {"cluster"}, "grpc": {"actors"}}
-"""Libraries that stay behind thin wrappers, and the rooms that hold them."""
+GENERATED = ("protos/speculation_pb2.py", "protos/speculation_pb2_grpc.py")
+ONLY_IN = {
+    "ray": ("cluster/",),
+    "grpc": (
+        "actors/grpc_client.py",
+        "actors/grpc_server.py",
+        "actors/security.py",
+        "protos/speculation_pb2_grpc.py",
+    ),
+    "grpc_health": ("actors/grpc_server.py",),
+    "google.protobuf": ("actors/wire.py", *GENERATED),
+    "outrider.protos": ("actors/wire.py", *GENERATED),
+}
+"""Libraries that stay behind thin wrappers, and the files or rooms that hold them."""
 
 
 def modules() -> list[Path]:
@@ -29,7 +41,7 @@ def imported_names(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
@@ -38,16 +50,28 @@ def test_imports_follow_the_order_of_the_rooms(path: Path) -> None:
     room = path.relative_to(ROOT).parts[0]
     for name in imported_names(path):
         top, *rest = name.split(".")
-        assert room in ONLY_IN.get(top, {room}), f"{path} imports {name}"
         assert top not in MAY_IMPORT, f"{path} imports {name}: write outrider.{name}"
         if top == "outrider":
             assert rest, f"{path} imports the package itself"
             assert rest[0] in MAY_IMPORT[room] | {room}, f"{path} imports {name}"
 
 
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_libraries_stay_behind_their_wrappers(path: Path) -> None:
+    where = str(path.relative_to(ROOT))
+    for name in imported_names(path):
+        for library, holders in ONLY_IN.items():
+            if f"{name}.".startswith(f"{library}."):
+                assert where.startswith(holders), f"{path} imports {name}"
+
+
+def test_the_wrappers_exist() -> None:
+    assert all((ROOT / path).exists() for library in ("grpc", "google.protobuf") for path in ONLY_IN[library])
+
+
 def test_there_is_something_to_check() -> None:
     rooms = {path.relative_to(ROOT).parts[0] for path in modules()}
-    assert {"kernels", "speculation", "models", "actors", "cluster"} <= rooms
+    assert {"kernels", "protos", "speculation", "models", "actors", "cluster"} <= rooms
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)

@@ -5,7 +5,6 @@ import ipaddress
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -61,9 +60,8 @@ def test_every_call_needs_the_token(io: IoThread, kind: str, method: str, code: 
 def test_watching_the_health_needs_the_token(io: IoThread) -> None:
     with serving(io, security=Security(token=TOKEN)) as server:
         method = "/grpc.health.v1.Health/Watch"
-        assert (
-            outcome(io, address_of(server), kind="unary_stream", method=method)[0].name == "UNAUTHENTICATED"
-        )
+        ended, _ = outcome(io, address_of(server), kind="unary_stream", method=method)
+        assert ended.name == "UNAUTHENTICATED"
 
 
 def test_a_target_gets_in_with_the_token_only(io: IoThread) -> None:
@@ -212,8 +210,3 @@ def test_a_key_of_another_certificate_is_refused(
 def test_credentials_are_only_made_when_there_are_files() -> None:
     assert Security().channel_credentials() is None
     assert Security(token=TOKEN).server_credentials() is None
-
-
-def test_the_credentials_are_grpcs(mutual: Security) -> None:
-    assert isinstance(mutual.channel_credentials(), grpc.ChannelCredentials)
-    assert isinstance(mutual.server_credentials(), grpc.ServerCredentials)

@@ -6,10 +6,13 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sockets import (
     HELLO,
     SECONDS,
+    WELCOME,
     Recorder,
     address_of,
     connecting,
@@ -39,7 +42,6 @@ class Relay:
 
     def __init__(self) -> None:
         self._dead = False
-        self._connections = asyncio.TaskGroup()
 
     def go_dead(self) -> None:
         self._dead = True
@@ -80,7 +82,7 @@ def test_a_worker_that_vanished_is_noticed_within_seconds(io: IoThread) -> None:
         relay.go_dead()
         began = time.monotonic()
         assert next_event(client, channel, Disconnected).reason.startswith("UNAVAILABLE: ")
-        assert time.monotonic() - began < 4  # about one second where nothing else runs
+        assert time.monotonic() - began < 4  # two, and some for a busy machine
         recorder.next("left")  # the worker notices as well
         channel.close()
         io.run(wire.__aexit__(None, None, None), SECONDS)
@@ -107,8 +109,6 @@ def test_a_port_is_served_by_one_worker_only(io: IoThread) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "example.org"])
 def test_a_worker_beyond_this_machine_needs_a_token(host: str) -> None:
-    from sockets import WELCOME
-
     with pytest.raises(InvalidConfigError, match="needs a cluster token"):
         DraftServer(WELCOME, Recorder(), host=host)
 
@@ -157,9 +157,6 @@ def test_a_worker_that_stops_tells_its_targets_at_once(io: IoThread) -> None:
 
 
 def _health(io: IoThread, address: str) -> str:
-    import grpc
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
     async def check() -> int:
         async with grpc.aio.insecure_channel(address) as channel:
             request = health_pb2.HealthCheckRequest(service=SERVICE)
