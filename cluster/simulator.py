@@ -1,11 +1,11 @@
-"""Speed-ups of the pipelines in simulated time: the real state machines over a model of costs.
+"""The pipelines in simulated time: the real state machines over a model of costs.
 
 The target's true token at a position is a drawn *rank*: rank r is the drafter's r-th guess
-there with the given chance, otherwise none of its guesses. So acceptance by rank, the cost
-curve of the target, the draft step and the round trip are all there is to say, and nothing of
-engine, protocol or pipeline is imitated.
+there with the given chance, otherwise none of its guesses. So acceptance by rank and the times
+of ``Costs`` are all there is to say, and nothing of engine, protocol or pipeline is imitated.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -46,26 +46,53 @@ class Costs:
 
     acceptance: chance that the target's token is the drafter's first, second, ... guess,
         where it has made any.
-    target: ``[R]``, a target step of 1, 2, ... R rows. draft: one draft step.
-    round_trip: of the link.
+    target: ``[R]``, a target step of 1, 2, ... R rows.
+    draft: ``[W]``, a draft step that expands 1, 2, ... W nodes.
+    round_trip: of the link, with all that a message takes from one engine to the other.
+    target_overhead: of each target step beside its forward, plain decoding included.
+    speculation_overhead: the same, of each step of a request that is drafted for.
+    commit_overhead: of the drafter for each commit that it takes in.
+    contrast: how much easy positions differ from hard ones, half of all: the chance of anything
+        but the first guess is so much smaller, or larger, there. The drafter knows which is which.
+    correlation: of neighbouring positions' difficulty.
 
     Raises:
-        InvalidConfigError: chances do not fit, or a time is not positive.
+        InvalidConfigError: a value is not possible.
     """
 
     acceptance: tuple[float, ...]
     target: tuple[float, ...]
-    draft: float
+    draft: tuple[float, ...]
     round_trip: float = 0.0
+    target_overhead: float = 0.0
+    speculation_overhead: float = 0.0
+    commit_overhead: float = 0.0
+    contrast: float = 0.0
+    correlation: float = 0.0
 
     def __post_init__(self) -> None:
         chances = np.array(self.acceptance)
-        if not len(chances) or chances.min() < 0 or chances.sum() > 1 + 1e-9:
-            raise InvalidConfigError(f"acceptance by rank {list(self.acceptance)} is no list of chances")
-        if len(self.target) < 2 or min(self.target) <= 0 or (np.diff(self.target) < 0).any():
-            raise InvalidConfigError(f"target times {list(self.target)} must be positive and not decrease")
-        if self.draft <= 0 or self.round_trip < 0:
-            raise InvalidConfigError(f"draft {self.draft} and round trip {self.round_trip} are not possible")
+        if not len(chances) or not chances.min() >= 0 or not chances.sum() <= 1 + 1e-9:
+            raise InvalidConfigError(
+                f"acceptance must be chances whose sum is at most 1, not {list(self.acceptance)}"
+            )
+        for name in ("target", "draft"):
+            times = np.array(getattr(self, name))
+            if not len(times) or not (
+                np.isfinite(times).all() and times[0] > 0 and (np.diff(times) >= 0).all()
+            ):
+                raise InvalidConfigError(
+                    f"{name} times must be positive and not decrease, not {times.tolist()}"
+                )
+        for name in ("round_trip", "target_overhead", "speculation_overhead", "commit_overhead"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InvalidConfigError(f"{name} must be at least 0 seconds, not {getattr(self, name)}")
+        if not 0 <= self.contrast <= 1 or (1 + self.contrast) * (1 - chances[0]) > 1 + 1e-9:
+            raise InvalidConfigError(
+                f"contrast must be from 0 to 1 and leave the first guess a chance, not {self.contrast}"
+            )
+        if not 0 <= self.correlation < 1:
+            raise InvalidConfigError(f"correlation must be from 0 to below 1, not {self.correlation}")
 
 
 def straight_curve(one_row: float, slope: float, rows: int) -> tuple[float, ...]:
@@ -81,6 +108,11 @@ class Simulated:
     seconds: float
     stats: SpeculationStatistics = field(repr=False)
 
+    @property
+    def bubbles(self) -> float:
+        """Share of the time in which no forward of the target runs."""
+        return 1 - self.stats.target_seconds / self.seconds
+
 
 def simulate(
     costs: Costs, pipeline: str | None, *, shape: TreeShape, tokens: int, seed: int = 0
@@ -88,21 +120,23 @@ def simulate(
     """One request of so many tokens; ``pipeline`` None is plain decoding.
 
     Raises:
-        InvalidConfigError: the pipeline is unknown.
+        InvalidConfigError: the pipeline is unknown, or there are no tokens.
     """
+    if pipeline is not None and pipeline not in PIPELINES:
+        raise InvalidConfigError(f"pipeline must be one of {', '.join(PIPELINES)}, not {pipeline!r}")
+    if tokens < 1:
+        raise InvalidConfigError(f"tokens must be at least 1, not {tokens}")
     world = VirtualClock()
-    truth = _ranks(costs.acceptance, tokens + 2, seed)
-    vocab_size = len(costs.acceptance) + 1
-    runner = _Runner(world, truth, vocab_size, costs.target)
+    text = draw_text(costs, tokens, seed)
+    overhead = costs.target_overhead + (costs.speculation_overhead if pipeline else 0.0)
+    runner = _Runner(world, text, costs.target, overhead)
     pool = None
     if pipeline is not None:
-        if pipeline not in PIPELINES:
-            raise InvalidConfigError(f"pipeline must be one of {', '.join(PIPELINES)}, not {pipeline!r}")
         steps = NO_LIMIT if pipeline == "parallel" else shape.depth
-        pool = _pool(world, costs, shape, vocab_size, steps=steps)
+        pool = _pool(world, costs, text, shape, steps=steps)
         pool.wait_for_workers(2 * costs.round_trip)
     engine = TargetEngine(
-        TargetModel(runner=runner, vocab_size=vocab_size, eos_ids=(), detokenizer=lambda _: _NoText()),
+        TargetModel(runner=runner, vocab_size=text.vocab_size, eos_ids=(), detokenizer=lambda _: _NoText()),
         verifier=make_verifier("coupled"),
         drafting=pool,
         remote=pool,
@@ -119,15 +153,62 @@ def simulate(
     return Simulated(tokens=run.stats.num_output_tokens, seconds=world.now - began, stats=run.stats)
 
 
-def _ranks(acceptance: Sequence[float], count: int, seed: int) -> IntArray:
-    """The true token at each position: a rank, or the number of ranks for a miss."""
-    chances = np.append(acceptance, max(0.0, 1 - sum(acceptance)))
-    return np.random.default_rng(seed).choice(len(chances), count, p=chances / chances.sum())
+@dataclass(frozen=True)
+class Text:
+    """A text to generate.
+
+    truth: int ``[count]``, at each position the rank of the target's token among the
+        drafter's guesses, or their number where it is none of them.
+    chances: float ``[count, ranks]``, of the guesses, as the drafter believes them.
+    """
+
+    truth: IntArray
+    chances: FloatArray
+
+    @property
+    def vocab_size(self) -> int:
+        """Ranks, and one for a miss."""
+        return self.chances.shape[1] + 1
+
+    def chances_at(self, positions: IntArray) -> FloatArray:
+        """``[k, ranks]``; drafters look beyond the end."""
+        return self.chances[np.minimum(positions, len(self.chances) - 1)]
 
 
-def _pool(world: VirtualClock, costs: Costs, shape: TreeShape, vocab_size: int, *, steps: int) -> DraftPool:
-    busy = BusyTime(world)
-    worker = VirtualWorker(world, DraftWorker(_RankDrafter(costs, busy), clock=busy), busy)
+def draw_text(costs: Costs, count: int, seed: int) -> Text:
+    """Positions easy and hard, and the target's tokens at them."""
+    rng = np.random.default_rng(seed)
+    flips = rng.random(count) < (1 - costs.correlation) / 2
+    hard = (np.cumsum(flips) + rng.integers(2)) % 2
+    # Without contrast the two kinds are one, and are drawn together.
+    kinds = hard if costs.contrast else np.zeros(count, np.int64)
+    truth = np.zeros(count, np.int64)
+    chances = np.zeros((count, len(costs.acceptance)))
+    for kind, scale in enumerate((1 - costs.contrast, 1 + costs.contrast)):
+        of_kind = np.flatnonzero(kinds == kind)
+        guesses = scale * np.array(costs.acceptance)
+        guesses[0] = min(1.0, max(0.0, 1 - scale * (1 - costs.acceptance[0])))
+        truth[of_kind] = _ranks(guesses, len(of_kind), rng)
+        chances[of_kind] = guesses
+    return Text(truth, chances)
+
+
+def _ranks(chances: FloatArray, count: int, rng: np.random.Generator) -> IntArray:
+    """Every rank as often as its chance says, in random order.
+
+    Evenly spread draws: with independent ones the share of misses in a text of some hundred
+    tokens would differ more between seeds than pipelines differ.
+    """
+    bounds = np.cumsum(chances)
+    draws = rng.permutation((np.arange(count) + rng.random(count)) / max(count, 1))
+    # Rounding must not make a miss where the chances add up to one.
+    bounds[-1] = 1.0 if bounds[-1] > 1 - 1e-9 else bounds[-1]
+    return np.searchsorted(bounds, draws, side="right")
+
+
+def _pool(world: VirtualClock, costs: Costs, text: Text, shape: TreeShape, *, steps: int) -> DraftPool:
+    busy, vocab_size = BusyTime(world), text.vocab_size
+    worker = VirtualWorker(world, DraftWorker(_RankDrafter(costs, text, busy), clock=busy), busy)
     hello = Hello(
         protocol_version=PROTOCOL_VERSION, model="simulated", vocab_hash="", vocab_size=vocab_size,
         eos_ids=(), numerics="canonical",
@@ -163,13 +244,16 @@ class _Length:
 
 
 class _Runner:
-    """A target whose step takes its time and whose tokens are given in advance."""
+    """A target whose step takes its time and whose tokens are given in advance.
+
+    overhead: seconds of a step beside its forward.
+    """
 
     max_model_len = CONTEXT
 
-    def __init__(self, world: VirtualClock, truth: IntArray, vocab_size: int, times: Sequence[float]) -> None:
-        self._world, self._times = world, times
-        self._rows = torch.from_numpy(np.eye(vocab_size, dtype=np.float32)[truth])
+    def __init__(self, world: VirtualClock, text: Text, times: Sequence[float], overhead: float) -> None:
+        self._world, self._times, self._overhead = world, times, overhead
+        self._rows = torch.from_numpy(np.eye(text.vocab_size, dtype=np.float32)[text.truth])
 
     def open(self, max_tokens: int) -> _Length:  # noqa: ARG002
         return _Length()
@@ -186,16 +270,21 @@ class _Runner:
 
     def accept(self, sequence: _Length, nodes: IntArray) -> None:
         sequence.length += len(nodes)
+        self._world.advance(self._overhead)
 
 
 class _RankSession:
-    """A drafter's tree; there is no text to know."""
+    """A drafter's tree, and how much text there is before it."""
 
-    def __init__(self) -> None:
+    def __init__(self, length: int, commit_seconds: float, busy: BusyTime) -> None:
         self.tree = LivingTree(Law.COUPLED)
         self.root_rows = 1
+        self.length = length
+        self._commit_seconds, self._busy = commit_seconds, busy
 
     def commit(self, tokens: IntArray) -> Reroot:
+        self._busy.spend(self._commit_seconds)
+        self.length += len(tokens)
         reroot = self.tree.reroot(tokens)
         self.root_rows = int(self.tree.frontier(1).tolist() == [ROOT])
         return reroot
@@ -205,23 +294,24 @@ class _RankSession:
 
 
 class _RankDrafter:
-    """Gives every node the same children: the ranks, with their chances."""
+    """Gives every node the ranks as children, with the chances of its position."""
 
     max_rows = 64
 
-    def __init__(self, costs: Costs, busy: BusyTime) -> None:
-        self._chances: FloatArray = np.array(costs.acceptance)
-        self._seconds, self._busy = costs.draft, busy
+    def __init__(self, costs: Costs, text: Text, busy: BusyTime) -> None:
+        self._costs, self._text, self._busy = costs, text, busy
 
-    def open_session(self, *_: object, **__: object) -> _RankSession:
-        return _RankSession()
+    def open_session(self, token_ids: IntArray, *_: object, **__: object) -> _RankSession:
+        return _RankSession(len(token_ids), self._costs.commit_overhead, self._busy)
 
     def grow(self, plan: Sequence[tuple[_RankSession, IntArray]]) -> None:
-        self._busy.spend(self._seconds)
+        times = self._costs.draft
+        self._busy.spend(times[min(sum(len(slots) for _, slots in plan), len(times)) - 1])
         for session, slots in plan:
             session.root_rows = 0
             tree = session.tree
+            # The text begins behind a prompt of one token.
+            chances = self._text.chances_at(session.length - 1 + tree.depths[slots])
             tree.mark_expanded(slots)
-            children = len(self._chances)
-            tree.add(np.repeat(slots, children), np.tile(np.arange(children), len(slots)),
-                     np.tile(self._chances, len(slots)))  # fmt: skip
+            ranks = np.tile(np.arange(chances.shape[1]), len(slots))
+            tree.add(np.repeat(slots, chances.shape[1]), ranks, chances.ravel())

@@ -23,7 +23,7 @@ PIPELINES = pytest.mark.parametrize("pipeline", ["parallel", "serial"])
 LM = TableLM.random(3, vocab_size=5, order=2)
 GOOD = relative(LM, 0.8, seed=1)
 FIXED = TreeShape(num_speculative_tokens=12, depth=3, adaptive=False)
-SHORT = 8
+SHORT = 14
 SLOW_DRAFTS = Pace(draft=0.02)
 """Few messages per step: every one of them has its turn in the tests of faults."""
 
@@ -132,12 +132,15 @@ def test_any_one_message_may_suffer(
     assert reference.stats.num_accepted_tokens >= 3
     assert reference.stats.generations == 1
     messages = to_worker.messages if direction == "to worker" else to_target.messages
+    generations = 0
     for index in range(len(messages)):
         faulty, fine = fault_at(index, FAULTS[fault]), fault_at(-1, ())
         faults = (faulty, fine) if direction == "to worker" else (fine, faulty)
         outcome = short_run(pipeline, params, faults)
         assert len(outcome.steps) <= SHORT
         assert outcome.times[-1] < SHORT * (SLOW_DRAFTS.target + 0.02 + 0.25)
+        generations += outcome.stats.generations - 1
+    assert generations == 0 if "doubled" in fault else generations > 0 or direction == "to worker"
 
 
 def test_the_faults_strike_messages_of_all_kinds() -> None:
@@ -183,7 +186,9 @@ def test_a_drafter_that_is_always_wrong_costs_no_forward(
     outcome = deployment.target.serve(PROMPT, params)
     assert outcome.token_ids == plain(LM, PROMPT, params)
     assert deployment.target.lm.forwards == 25
-    assert outcome.stats.num_draft_tokens > 0
+    # After a miss the parallel pipeline goes on with what has arrived: here, nothing.
+    assert outcome.stats.growth_nodes > 0
+    assert outcome.stats.num_draft_tokens > 0 or pipeline == "parallel"
     assert outcome.stats.num_accepted_tokens == 0
     assert outcome.streamed == outcome.run.text == letters(outcome.token_ids)
 
