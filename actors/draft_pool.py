@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from outrider.actors.remote_session import RemoteSession
-from outrider.actors.transport import Arrivals, DraftChannel, Received
+from outrider.actors.transport import Arrivals, Disconnected, DraftChannel, Overflowed, Received
 from outrider.speculation.replication.messages import Growth, GrowthLimits, Lost, Welcome
 from outrider.speculation.request import Request
 from outrider.speculation.statistics import SpeculationStatistics
@@ -24,6 +24,7 @@ class _Link:
     """One worker. clock_offset: its clock against ours, at most the fastest message too much.
 
     avoid_until: others are preferred, for it has failed a request lately.
+    failure: why it is out of reach, for people. refused: waiting for it would not help.
     """
 
     channel: DraftChannel
@@ -31,6 +32,8 @@ class _Link:
     sessions: dict[int, RemoteSession] = field(default_factory=dict)
     clock_offset: float = float("inf")
     avoid_until: float = 0.0
+    failure: str = ""
+    refused: bool = False
 
     @property
     def has_room(self) -> bool:
@@ -57,13 +60,16 @@ class DraftPool:
         self._vocab_size, self._clock = vocab_size, clock
         self._last_number = 0
         self._homeless: list[RemoteSession] = []
-        self.last_failure = ""
-        """Why a worker was last out of reach, for people."""
 
     @property
     def num_connected(self) -> int:
         """Workers in reach."""
         return sum(link.welcome is not None for link in self._links)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why workers are out of reach now, for people, by their addresses."""
+        return {link.channel.address: link.failure for link in self._links if link.failure}
 
     @property
     def num_sessions(self) -> int:
@@ -108,17 +114,24 @@ class DraftPool:
         self._arrivals.wait(seconds)
 
     def wait_for_workers(self, seconds: float) -> int:
-        """Until every worker is in reach, or time is up; returns how many are."""
+        """Until every worker is in reach or refuses, or time is up; returns how many are in reach."""
         deadline = self._clock() + seconds
-        while self.num_connected < len(self._links) and (left := deadline - self._clock()) > 0:
+        while self._is_awaited and (left := deadline - self._clock()) > 0:
             self._arrivals.wait(left)
             self.poll()
         return self.num_connected
 
     def close(self) -> None:
-        """Ends all streams."""
+        """Ends all streams; requests go on plainly."""
         for link in self._links:
+            for session in link.sessions.values():
+                session.detach()
             link.channel.close()
+            link.welcome = None
+
+    @property
+    def _is_awaited(self) -> bool:
+        return any(link.welcome is None and not link.refused for link in self._links)
 
     def _take(
         self,
@@ -138,6 +151,7 @@ class DraftPool:
                 session.stats.overlapped_draft_seconds += event.draft_seconds * hidden
         elif isinstance(event, Welcome):
             link.welcome, link.clock_offset = event, float("inf")
+            link.failure, link.refused = "", False
         elif isinstance(event, Lost):
             session = link.sessions.get(event.session)
             if session is not None and session.is_lost(event.generation):
@@ -145,17 +159,16 @@ class DraftPool:
         else:
             self._drop_all(link, event)
 
-    def _drop_all(self, link: _Link, event: object) -> None:
+    def _drop_all(self, link: _Link, event: Disconnected | Overflowed) -> None:
         """After a disconnection or an overflow nothing of the link can be relied on."""
-        reason = getattr(event, "reason", None)
-        if reason is not None:
-            link.welcome = None
-            self.last_failure = f"{link.channel.address}: {reason}"
-        for session in link.sessions.values():
-            if reason is None:
-                session.give_up()
-            else:
+        sessions = link.sessions.values()
+        if isinstance(event, Disconnected):
+            link.welcome, link.failure, link.refused = None, event.reason, event.lasting
+            for session in sessions:
                 session.detach()
+        else:
+            for session in sessions:
+                session.give_up()
 
     def _sort_out(self, link: _Link, now: float) -> None:
         """Lets go of sessions that are over, have been given up, or get no answer."""
@@ -171,6 +184,9 @@ class DraftPool:
     def _place_homeless(self) -> None:
         now = self._clock()
         waiting, self._homeless = self._homeless, []
+        for link in self._links:
+            # A request may begin where one has just ended, before the next step.
+            link.sessions = {number: each for number, each in link.sessions.items() if not each.closed}
         for session in waiting:
             if session.closed:
                 continue

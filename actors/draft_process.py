@@ -12,7 +12,11 @@ from outrider.speculation.replication.messages import Hello, TargetMessage, Welc
 
 GRACE_SECONDS = 0.2
 MAX_WAITING = 1 << 16
-"""Messages that may wait for the end of a draft step; a target that sends more is not heard."""
+"""Messages that may wait for the end of a draft step; what comes beyond that is not heard.
+
+A commit that is missing shows in the next one's sequence number, an ``Open`` in its commits, and a
+session whose ``Close`` was missed is forgotten after a while.
+"""
 
 
 class DraftProcess:
@@ -31,14 +35,15 @@ class DraftProcess:
         self._events: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._stopped = False
-        self._io = IoThread()
+        # Before the thread: what it refuses would leave one behind.
         self._server = DraftServer(welcome, self, host=host, port=port, security=security)
+        self._io = IoThread()
         try:
             self._io.run(self._server.start())
         except BaseException:
             self._io.close()
             raise
-        self.address = f"{host}:{self._server.port}"
+        self.address = f"{f'[{host}]' if ':' in host else host}:{self._server.port}"
 
     def run(self) -> None:
         """Drafts until ``stop``; commits are heeded between two steps."""

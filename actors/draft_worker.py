@@ -218,17 +218,19 @@ class DraftWorker:
                 self._publish(session, final=True)
 
     def _publish(self, session: _Session, *, final: bool) -> None:
-        growth = session.publisher.publish(
+        growths = session.publisher.publish(
             final=final,
             draft_steps=session.draft_steps,
             draft_rows=session.draft_rows,
             draft_seconds=session.draft_seconds,
             sent_at=self._clock(),
         )
-        session.draft_steps, session.draft_rows, session.draft_seconds = 0, 0, 0.0
         session.reported = final
-        if final or len(growth.tokens):
-            session.peer.send(growth)
+        # A step that yielded nothing, as within a long text, is reported with the next that does.
+        if final or len(growths[0].tokens):
+            session.draft_steps, session.draft_rows, session.draft_seconds = 0, 0, 0.0
+            for growth in growths:
+                session.peer.send(growth)
 
     def _open(self, peer: TargetPeer, target: _Target, opening: Open) -> None:
         known = target.sessions.get(opening.session)
@@ -259,10 +261,10 @@ class DraftWorker:
 
     def _commit(self, peer: TargetPeer, target: _Target, commit: Commit) -> None:
         session = target.sessions.get(commit.session)
-        generation = session.publisher.generation if session else target.closed.get(commit.session, 0)
-        if commit.generation < generation or commit.session in target.closed:
+        closed = target.closed.get(commit.session, 0)
+        if commit.generation <= closed or (session and commit.generation < session.publisher.generation):
             return
-        if session is None or commit.generation > generation:
+        if session is None or commit.generation > session.publisher.generation:
             reason = f"generation {commit.generation} of session {commit.session} was never opened"
             self._lose(peer, target, commit.session, commit.generation, reason)
             return

@@ -139,7 +139,7 @@ class GrpcDraftChannel:
             failure, seconds = await self._one_connection()
             # Once per outage, but also when its reason becomes one that people must hear of.
             if seconds is not None or not told or (failure.lasting and failure.reason != told):
-                self._inbox.lose(failure.reason)
+                self._inbox.lose(failure.reason, lasting=failure.lasting)
                 told = failure.reason
             if seconds is not None and seconds >= STABLE_SECONDS:
                 pause = FIRST_PAUSE

@@ -93,8 +93,7 @@ class DraftServer:
         max_streams: int = MAX_STREAMS,
     ) -> None:
         security = security or Security()
-        if security.token is None and not _is_loopback(host):
-            raise InvalidConfigError(f"listening on {host}, beyond this machine, needs a cluster token")
+        require_token(host, security)
         self._welcome, self._events = welcome, events
         self._host, self._wanted_port, self._port = host, port, 0
         self._credentials = security.server_credentials()
@@ -207,6 +206,15 @@ class DraftServer:
             if isinstance(message, Hello):
                 raise WireError("a Hello must be the first message of a stream, not a later one")
             self._events.message(peer, message, len(data))
+
+
+def require_token(host: str, security: Security) -> None:
+    """
+    Raises:
+        InvalidConfigError: the host can be reached from elsewhere and there is no token.
+    """
+    if security.token is None and not _is_loopback(host):
+        raise InvalidConfigError(f"listening on {host}, beyond this machine, needs a cluster token")
 
 
 def _is_loopback(host: str) -> bool:

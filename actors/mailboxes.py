@@ -111,14 +111,14 @@ class Inbox:
             self._bytes += received.num_bytes
             self._add(received, outbox)
 
-    def lose(self, reason: str) -> None:
+    def lose(self, reason: str, *, lasting: bool = False) -> None:
         """The stream is gone: what it brought and nobody took goes with it.
 
         So a worker that comes and goes for hours fills nothing.
         """
         with self._bell.changed:
             self._clear()
-            self._add(Received(Disconnected(reason), 0), None)
+            self._add(Received(Disconnected(reason, lasting), 0), None)
 
     def take(self) -> list[tuple[Received, Outbox | None]]:
         """Everything, in order; from the one thread that receives."""

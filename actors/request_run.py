@@ -64,7 +64,9 @@ class RequestRun:
         try:
             if engine.drafting is not None and request.speculative:
                 self._draft = engine.drafting.open(request, self.stats)
+            began = engine.clock()
             target.runner.prefill(self._sequence, request.prompt_ids[:-1])
+            self.stats.prefill_seconds = engine.clock() - began
         except BaseException:
             self.close()
             raise

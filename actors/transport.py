@@ -8,9 +8,13 @@ from outrider.speculation.replication.messages import DrafterMessage, TargetMess
 
 @dataclass(frozen=True, slots=True)
 class Disconnected:
-    """The stream is gone, with all that was on its way; a ``Welcome`` follows if it comes back."""
+    """The stream is gone, with all that was on its way; a ``Welcome`` follows if it comes back.
+
+    lasting: the worker refuses this target, which only people can mend.
+    """
 
     reason: str
+    lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,30 @@ MAX_COMPLAINT_LINES = 20
 
 @dataclass(slots=True)
 class _Worker:
-    """One process. address: where it listens; empty until it says so."""
+    """One process. address: where it listens; empty until it says so.
+
+    complaints: the last lines of its standard error, which ``listener`` reads.
+    """
 
     process: subprocess.Popen[str]
     address: str = ""
     complaints: list[str] = field(default_factory=list)
-    readers: list[threading.Thread] = field(default_factory=list)
+    listener: threading.Thread | None = None
+
+    @property
+    def end(self) -> str:
+        """How it ended, for people, or nothing while it runs."""
+        code = self.process.poll()
+        if code is None:
+            return ""
+        if self.listener is not None:
+            # Its last words may still be on their way.
+            self.listener.join(1.0)
+        prefix = "outrider: error: "
+        errors = [line.removeprefix(prefix) for line in self.complaints if line.startswith(prefix)]
+        said = (errors or self.complaints or [""])[-1]
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        return f"{how}: {said}" if said else how
 
 
 class LocalWorkers:
@@ -48,9 +66,10 @@ class LocalWorkers:
         self._arguments = list(arguments)
         self._workers: list[_Worker] = []
         try:
-            self._workers = [self._start(index, 0) for index in range(count)]
+            for index in range(count):
+                self._workers.append(self._start(index, 0))
             for worker in self._workers:
-                _await_address(worker)
+                worker.address = _announced_address(worker)
         except BaseException:
             self.close()
             raise
@@ -65,6 +84,11 @@ class LocalWorkers:
         """Process ids of each."""
         return [worker.process.pid for worker in self._workers]
 
+    @property
+    def ends(self) -> dict[str, str]:
+        """How workers ended that have ended by themselves, for people, by their addresses."""
+        return {worker.address: end for worker in self._workers if (end := worker.end)}
+
     def restart(self, index: int) -> None:
         """Ends one worker, if it still runs, and starts another on the same port.
 
@@ -74,8 +98,10 @@ class LocalWorkers:
         worker = self._workers[index]
         worker.process.kill()
         _finish(worker)
+        # The address stays, so that a restart that failed can be tried again.
         self._workers[index] = self._start(index, int(worker.address.rpartition(":")[2]))
-        _await_address(self._workers[index])
+        self._workers[index].address = worker.address
+        _announced_address(self._workers[index])
 
     def close(self) -> None:
         """Ends all workers and waits until they are gone; may be called twice."""
@@ -109,9 +135,8 @@ class LocalWorkers:
             start_new_session=True,
         )
         worker = _Worker(process)
-        listener = threading.Thread(target=_listen, args=(worker,), daemon=True)
-        listener.start()
-        worker.readers.append(listener)
+        worker.listener = threading.Thread(target=_listen, args=(worker,), daemon=True)
+        worker.listener.start()
         return worker
 
 
@@ -123,24 +148,35 @@ def _listen(worker: _Worker) -> None:
         del worker.complaints[:-MAX_COMPLAINT_LINES]
 
 
-def _await_address(worker: _Worker) -> None:
+def _announced_address(worker: _Worker) -> str:
+    """Waits until it says where it listens."""
     assert worker.process.stdout is not None
-    timer = threading.Timer(START_SECONDS, worker.process.kill)
+    late = threading.Event()
+
+    def end_it() -> None:
+        late.set()
+        worker.process.kill()
+
+    timer = threading.Timer(START_SECONDS, end_it)
     timer.start()
-    line = worker.process.stdout.readline()
-    timer.cancel()
-    if not line:
-        worker.process.wait()
-        worker.readers[0].join(1.0)
-        said = worker.complaints[-1].removeprefix("outrider: ") if worker.complaints else "nothing was said"
-        raise WorkerError(f"a draft worker ended with code {worker.process.returncode}: {said}")
-    worker.address = json.loads(line)["address"]
+    try:
+        line = worker.process.stdout.readline()
+    finally:
+        # Also after Ctrl-C, for a running timer would keep this process alive.
+        timer.cancel()
+    if line:
+        address: str = json.loads(line)["address"]
+        return address
+    worker.process.wait()
+    if late.is_set():
+        raise WorkerError(f"a draft worker did not start within {START_SECONDS:g} s")
+    raise WorkerError(f"a draft worker {worker.end}")
 
 
 def _finish(worker: _Worker) -> None:
     worker.process.wait()
-    for reader in worker.readers:
-        reader.join()
+    if worker.listener is not None:
+        worker.listener.join()
     for pipe in (worker.process.stdin, worker.process.stdout, worker.process.stderr):
         if pipe is not None:
             with contextlib.suppress(OSError):

@@ -1,10 +1,11 @@
 """Connects a target engine to draft workers, and starts them where the user wants local ones."""
 
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 
 from outrider.actors.draft_pool import DraftPool
 from outrider.actors.grpc_client import DraftClient
+from outrider.actors.security import Security
 from outrider.cluster.cluster_security import cluster_security
 from outrider.cluster.launcher import LocalWorkers
 from outrider.cluster.speculative_config import SpeculativeConfig
@@ -30,59 +31,77 @@ class RemoteDrafters:
     def __init__(self, config: SpeculativeConfig, model: LoadedModel, *, dtype: str, numerics: str) -> None:
         assert config.workers is not None
         self.local: LocalWorkers | None = None
-        self._client: DraftClient | None = None
+        self._open = ExitStack()
         try:
-            workers = config.workers
-            if workers.addresses:
-                addresses = list(workers.addresses)
-                security = cluster_security(workers.tls_ca, workers.tls_certificate, workers.tls_key)
-            else:
-                self.local = LocalWorkers(workers.count, _worker_arguments(config, workers, model, dtype))
-                addresses, security = self.local.addresses, self.local.security
-            self._client = DraftClient(security=security)
-            self.pool = self._connect(self._client, addresses, config, model, numerics)
+            addresses, security = self._find(config.workers, config, model, dtype)
+            client = DraftClient(security=security)
+            self._open.callback(client.close)
+            hello = _hello(model, numerics)
+            self.pool = DraftPool(
+                [client.connect(address, hello) for address in addresses],
+                client,
+                limits=_limits(config),
+                vocab_size=model.vocab_size,
+                clock=time.perf_counter,
+            )
+            self._open.callback(self.pool.close)
+            self._await_workers()
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Ends streams and local processes; may be called twice."""
-        if self._client is not None:
-            self._client.close()
-        if self.local is not None:
-            self.local.close()
+        """Ends streams and local processes; may be called twice. Requests are then served plainly."""
+        self._open.close()
 
-    def _connect(
-        self,
-        client: DraftClient,
-        addresses: list[str],
-        config: SpeculativeConfig,
-        model: LoadedModel,
-        numerics: str,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> DraftPool:
-        hello = Hello(
-            protocol_version=PROTOCOL_VERSION,
-            model=model.folder.name,
-            vocab_hash=model.tokenizer.fingerprint,
-            vocab_size=model.vocab_size,
-            eos_ids=model.eos_ids,
-            numerics=numerics,
-        )
-        shape = config.shape
-        limits = GrowthLimits(
-            width=shape.width,
-            children=shape.children,
-            steps=NO_LIMIT if config.pipeline == "parallel" else shape.depth,
-            min_score=shape.min_score,
-        )
-        channels = [client.connect(address, hello) for address in addresses]
-        pool = DraftPool(channels, client, limits=limits, vocab_size=model.vocab_size, clock=clock)
-        if not pool.wait_for_workers(CONNECT_SECONDS):
-            reason = pool.last_failure or f"{', '.join(addresses)}: no answer"
-            kind = VocabularyMismatchError if "vocabulary" in reason else WorkerError
-            raise kind(f"no draft worker can be reached: {reason}")
-        return pool
+    def failures(self) -> dict[str, str]:
+        """A line for people on each worker that is out of reach now, by address."""
+        self.pool.poll()
+        ends = {} if self.local is None else self.local.ends
+        return {
+            address: f"the draft worker at {address} {ends.get(address, f'is out of reach: {reason}')}"
+            for address, reason in self.pool.failures.items()
+        }
+
+    def _find(
+        self, workers: WorkersConfig, config: SpeculativeConfig, model: LoadedModel, dtype: str
+    ) -> tuple[list[str], Security]:
+        """Where the workers listen and what connecting takes; starts them if they are to be local."""
+        if workers.addresses:
+            security = cluster_security(workers.tls_ca, workers.tls_certificate, workers.tls_key)
+            return list(workers.addresses), security
+        self.local = LocalWorkers(workers.count, _worker_arguments(config, workers, model, dtype))
+        self._open.callback(self.local.close)
+        return self.local.addresses, self.local.security
+
+    def _await_workers(self) -> None:
+        if self.pool.wait_for_workers(CONNECT_SECONDS):
+            return
+        failures = self.pool.failures
+        reasons = "; ".join(f"{address}: {reason}" for address, reason in failures.items())
+        kind = VocabularyMismatchError if "vocabulary" in reasons else WorkerError
+        raise kind(f"no draft worker can be used: {reasons or 'none answered'}")
+
+
+def _hello(model: LoadedModel, numerics: str) -> Hello:
+    return Hello(
+        protocol_version=PROTOCOL_VERSION,
+        model=model.folder.name,
+        vocab_hash=model.tokenizer.fingerprint,
+        vocab_size=model.vocab_size,
+        eos_ids=model.eos_ids,
+        numerics=numerics,
+    )
+
+
+def _limits(config: SpeculativeConfig) -> GrowthLimits:
+    shape = config.shape
+    return GrowthLimits(
+        width=shape.width,
+        children=shape.children,
+        steps=NO_LIMIT if config.pipeline == "parallel" else shape.depth,
+        min_score=shape.min_score,
+    )
 
 
 def _worker_arguments(

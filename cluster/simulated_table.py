@@ -50,7 +50,9 @@ def estimate(costs: Costs, pipeline: str | None, *, shape: TreeShape, tokens: in
     Raises:
         InvalidConfigError: see ``simulate``.
     """
-    runs = [simulate(costs, pipeline, shape=shape, tokens=tokens, seed=seed + index) for index in range(SEEDS)]
+    runs = [
+        simulate(costs, pipeline, shape=shape, tokens=tokens, seed=seed + index) for index in range(SEEDS)
+    ]
     plain = costs.target[0] + costs.target_overhead
     ratios = np.array([run.tokens * plain / run.seconds for run in runs])
     return Estimate(
@@ -103,9 +105,7 @@ def table_estimate(
         round_trip=trip * DRAFT_SECONDS,
     )
     shapes = [
-        TreeShape(
-            num_speculative_tokens=nodes, width=width, children=len(acceptance), depth=MAX_TREE_DEPTH
-        )
+        TreeShape(num_speculative_tokens=nodes, width=width, children=len(acceptance), depth=MAX_TREE_DEPTH)
         for width, nodes in SHAPES
     ]
     return best_estimate(costs, pipeline, shapes=shapes, tokens=tokens, seed=seed)
@@ -114,10 +114,12 @@ def table_estimate(
 def pearl_speed_up(acceptance: float, ratio: float) -> float:
     """PEARL's with its best window, by formula (Liu et al., "PEARL", 2024).
 
-    acceptance: of a draft token. ratio: of a target step to a draft step. A window of g tokens
-    is drafted while the one before is verified, in ``max(g, ratio)`` draft steps. A step
-    verifies a whole window after one that was accepted, and only its first token after a
-    rejection, which gives ``1 / ((1 - a) (1 + a / (1 - a**g)))`` tokens a step on average.
+    acceptance: of a draft token. ratio: of a target step to a draft step.
+
+    A window of g tokens is drafted while the target verifies, in ``max(g, ratio)`` draft steps.
+    After a rejection the next step verifies one token ahead of its window and yields one token;
+    after an acceptance it verifies a window and yields up to g. On average a step yields
+    ``1 / ((1 - a) (1 + a / (1 - a**g)))`` tokens.
     """
     if acceptance >= 1.0:
         return ratio

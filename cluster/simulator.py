@@ -38,6 +38,7 @@ from outrider.speculation.types import FloatArray, IntArray
 from outrider.speculation.verifiers.registry import make_verifier
 
 CONTEXT = 1 << 20
+MAX_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,8 @@ class Costs:
 
     acceptance: chance that the target's token is the drafter's first, second, ... guess,
         where it has made any.
-    target: ``[R]``, a target step of 1, 2, ... R rows.
-    draft: ``[W]``, a draft step that expands 1, 2, ... W nodes.
+    target: ``[R]``, a target step of 1, 2, ... R rows; more rows follow the mean slope.
+    draft: ``[W]``, a draft step that expands 1, 2, ... W nodes; more cost as much as W.
     round_trip: of the link, with all that a message takes from one engine to the other.
     target_overhead: of each target step beside its forward, plain decoding included.
     speculation_overhead: the same, of each step of a request that is drafted for.
@@ -120,16 +121,19 @@ def simulate(
     """One request of so many tokens; ``pipeline`` None is plain decoding.
 
     Raises:
-        InvalidConfigError: the pipeline is unknown, or there are no tokens.
+        InvalidConfigError: the pipeline is unknown, or so many tokens cannot be simulated.
+        InvalidRequestError: the seed is out of range.
     """
     if pipeline is not None and pipeline not in PIPELINES:
         raise InvalidConfigError(f"pipeline must be one of {', '.join(PIPELINES)}, not {pipeline!r}")
-    if tokens < 1:
-        raise InvalidConfigError(f"tokens must be at least 1, not {tokens}")
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise InvalidConfigError(f"tokens must be from 1 to {MAX_TOKENS}, not {tokens}")
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, seed=seed)
     world = VirtualClock()
     text = draw_text(costs, tokens, seed)
     overhead = costs.target_overhead + (costs.speculation_overhead if pipeline else 0.0)
-    runner = _Runner(world, text, costs.target, overhead)
+    step_cost = StepCostModel(costs.target)
+    runner = _Runner(world, text, step_cost.curve(shape.num_speculative_tokens + 1), overhead)
     pool = None
     if pipeline is not None:
         steps = NO_LIMIT if pipeline == "parallel" else shape.depth
@@ -144,8 +148,7 @@ def simulate(
         make_pipeline=PIPELINES[pipeline or "parallel"],
         clock=world,
     )
-    engine.costs = CostEstimates(StepCostModel(costs.target))
-    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, seed=seed)
+    engine.costs = CostEstimates(step_cost)
     with engine.start(Request(prompt_ids=np.zeros(1, np.int64), params=params)) as run:
         began = world.now
         while not run.finished:
@@ -168,7 +171,7 @@ class Text:
     @property
     def vocab_size(self) -> int:
         """Ranks, and one for a miss."""
-        return self.chances.shape[1] + 1
+        return int(self.chances.shape[1]) + 1
 
     def chances_at(self, positions: IntArray) -> FloatArray:
         """``[k, ranks]``; drafters look beyond the end."""
@@ -251,8 +254,8 @@ class _Runner:
 
     max_model_len = CONTEXT
 
-    def __init__(self, world: VirtualClock, text: Text, times: Sequence[float], overhead: float) -> None:
-        self._world, self._times, self._overhead = world, times, overhead
+    def __init__(self, world: VirtualClock, text: Text, times: FloatArray, overhead: float) -> None:
+        self._world, self._times, self._overhead = world, times.tolist(), overhead
         self._rows = torch.from_numpy(np.eye(text.vocab_size, dtype=np.float32)[text.truth])
 
     def open(self, max_tokens: int) -> _Length:  # noqa: ARG002
@@ -265,7 +268,7 @@ class _Runner:
         (query,) = queries
         query.sequence.length += 1
         depths = np.concatenate((np.zeros(1, np.int64), query.tree.depths))
-        self._world.advance(self._times[min(len(depths), len(self._times)) - 1])
+        self._world.advance(self._times[len(depths) - 1])
         return [self._rows[np.minimum(query.sequence.length - 1 + depths, len(self._rows) - 1)]]
 
     def accept(self, sequence: _Length, nodes: IntArray) -> None:

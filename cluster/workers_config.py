@@ -7,6 +7,9 @@ from typing import Any
 
 from outrider.speculation.errors import InvalidConfigError
 
+MAX_LOCAL_WORKERS = 64
+"""More are a mistake, such as a port in place of the number: each has a model in memory."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkersConfig:
@@ -60,10 +63,18 @@ class WorkersConfig:
                 raise InvalidConfigError(
                     f"speculative_config.workers: {name} must be a positive integer, not {value!r}"
                 )
+        if self.count > MAX_LOCAL_WORKERS:
+            raise InvalidConfigError(
+                f"speculative_config.workers: count must be at most {MAX_LOCAL_WORKERS}, not {self.count}"
+            )
         for name in ("tls_ca", "tls_certificate", "tls_key"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise InvalidConfigError(f"speculative_config.workers: {name} must be a path, not {value!r}")
+            if value is not None and not self.addresses:
+                raise InvalidConfigError(
+                    f"speculative_config.workers: local workers do without TLS, so {name} must go"
+                )
         return self
 
 

@@ -6,11 +6,11 @@ No such module may import torch before its command runs: ``--help`` answers at o
 import argparse
 from typing import Any, NoReturn
 
-from outrider.cluster.cli import draft_worker, generate
+from outrider.cluster.cli import draft_worker, generate, simulate
 from outrider.cluster.cli.arguments import Parser, in_flags, nearest
 from outrider.speculation.errors import InvalidConfigError, InvalidRequestError
 
-COMMANDS = (generate, draft_worker)
+COMMANDS = (generate, draft_worker, simulate)
 
 DESCRIPTION = "Speculative decoding that gives the target's own tokens, faster."
 

@@ -2,8 +2,8 @@
 
 import argparse
 import json
+import os
 import signal
-import sys
 import threading
 from typing import Any
 
@@ -65,9 +65,20 @@ def run(arguments: argparse.Namespace) -> int:
         raise InvalidConfigError(f"threads must be at least 1, not {arguments.threads}")
     if not 0 <= arguments.port <= 65535:
         raise InvalidConfigError(f"port must be from 0 to 65535, not {arguments.port}")
+    if arguments.exit_with_stdin:
+        threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
+    from outrider.cluster.cluster_security import TOKEN_VARIABLE, cluster_security
+
+    security = cluster_security(arguments.tls_ca, arguments.tls_certificate, arguments.tls_key)
+    from outrider.actors.grpc_server import require_token
+
+    # What can be refused without a model is, before seconds go into loading one.
+    try:
+        require_token(arguments.host, security)
+    except InvalidConfigError as error:
+        raise InvalidConfigError(f"{error}: set {TOKEN_VARIABLE}") from None
     import torch
 
-    from outrider.cluster.cluster_security import cluster_security
     from outrider.cluster.draft_service import make_draft_process
     from outrider.models.demo import pair
 
@@ -80,11 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
         host=arguments.host,
         port=arguments.port,
         name=arguments.name,
-        security=cluster_security(arguments.tls_ca, arguments.tls_certificate, arguments.tls_key),
+        security=security,
     )
     _stop_on_signals(process)
-    if arguments.exit_with_stdin:
-        threading.Thread(target=_stop_at_end_of_input, args=(process,), daemon=True).start()
     print(json.dumps({"address": process.address}), flush=True)
     process.run()
     return 0
@@ -95,6 +104,9 @@ def _stop_on_signals(process: Any) -> None:
         signal.signal(number, lambda *_: process.stop())
 
 
-def _stop_at_end_of_input(process: Any) -> None:
-    sys.stdin.buffer.read()
-    process.stop()
+def _stop_at_end_of_input() -> None:
+    """Ends this process as SIGTERM does: at once while the model is loaded, after a step later on."""
+    # Not through sys.stdin: a thread that waits in there makes the interpreter abort when it exits.
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,6 +1,7 @@
 """``outrider generate``: continues texts, the target in this very process."""
 
 import argparse
+import sys
 import time
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -35,6 +36,8 @@ examples:
   outrider generate --workers local --prompt-file prompts.txt
   outrider generate --target ./model -sc '{"method": "ngram"}' < letter.txt
 
+docs/workers.md tells more about --workers.
+
 On a terminal the text appears as it comes. Elsewhere standard output holds only texts, or
 with --json one object per line and result: prompt, index, text, token_ids, finish_reason,
 stop_reason, seed and stats.
@@ -65,17 +68,33 @@ def run(arguments: argparse.Namespace) -> int:
 
     with notice("loading the models ..."):
         llm = _load(arguments, config)
-    prepared = _prepare(llm, prompts, params, speculative=not arguments.no_speculation)
-    output = Output(total=len(prompts) * params.n, as_json=arguments.json, one_choice=params.n == 1)
-    try:
-        (_show_each if output.stream else _write_all)(llm, prepared, output)
-    finally:
-        output.close()
-        llm.close()
+    with llm:
+        prepared = _prepare(llm, prompts, params, speculative=not arguments.no_speculation)
+        output = Output(total=len(prompts) * params.n, as_json=arguments.json, one_choice=params.n == 1)
+        warnings = _Warnings(llm)
+        try:
+            (_show_each if output.stream else _write_all)(llm, prepared, output, warnings)
+        finally:
+            output.close()
     return 0
 
 
-def _show_each(llm: "LLM", prepared: Prepared, output: "Output") -> None:
+class _Warnings:
+    """Says once of each draft worker that it is gone, between two results."""
+
+    def __init__(self, llm: "LLM") -> None:
+        self._workers = llm.workers
+        self._told: set[str] = set()
+
+    def show(self) -> None:
+        failures = {} if self._workers is None else self._workers.failures()
+        for address, line in failures.items():
+            if address not in self._told and sys.stderr is not None:
+                print(f"outrider: warning: {line}", file=sys.stderr, flush=True)
+        self._told.update(failures)
+
+
+def _show_each(llm: "LLM", prepared: Prepared, output: "Output", warnings: _Warnings) -> None:
     """One after the other, as they come."""
     for number, (prompt, requests) in enumerate(prepared, 1):
         for request in requests:
@@ -83,9 +102,10 @@ def _show_each(llm: "LLM", prepared: Prepared, output: "Output") -> None:
             began = time.perf_counter()
             done = llm.complete(request, lambda step: output.piece(step.text))
             output.end(number, prompt, request.params.seed, done, time.perf_counter() - began)
+            warnings.show()
 
 
-def _write_all(llm: "LLM", prepared: Prepared, output: "Output") -> None:
+def _write_all(llm: "LLM", prepared: Prepared, output: "Output", warnings: _Warnings) -> None:
     """Several at once, written in order as they are finished."""
     everything = [
         (number, prompt, request)
@@ -103,6 +123,7 @@ def _write_all(llm: "LLM", prepared: Prepared, output: "Output") -> None:
     for (number, prompt, request), completion in zip(everything, done, strict=True):
         output.begin(number, request.choice)
         output.end(number, prompt, request.params.seed, completion, time.perf_counter() - began)
+        warnings.show()
 
 
 def _load(arguments: argparse.Namespace, config: dict[str, Any] | None) -> "LLM":
@@ -165,9 +186,10 @@ def _speculative_config(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if given is None and not simple:
         return None
     from outrider.cluster.speculative_config import SpeculativeConfig
+    from outrider.cluster.workers_config import WorkersConfig
     from outrider.models.demo import pair
 
-    elsewhere = arguments.workers is not None and not arguments.workers.startswith("local")
+    elsewhere = arguments.workers is not None and bool(WorkersConfig.parse(arguments.workers).addresses)
     if given is None and arguments.draft is None and not elsewhere:
         if arguments.target is not None:
             flag = "--" + next(iter(simple)).replace("_", "-")
@@ -242,5 +264,5 @@ def _add_speculation(parser: Parser) -> None:
         metavar="JSON",
         type=json_object,
         help="all settings, in vLLM's keys; without a model it looks n-grams up. "
-        "--draft and --num-speculative-tokens replace its values",
+        "--draft, --num-speculative-tokens, --workers and --pipeline replace its values",
     )

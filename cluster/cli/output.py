@@ -42,7 +42,7 @@ class Output:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
         self._labels = total > 1 and not as_json
-        self._bar = _Bar(total)
+        self._bar = Bar("generating", total)
 
     def begin(self, prompt_number: int, choice: int) -> None:
         """Tells results apart where there are several."""
@@ -78,24 +78,25 @@ class Output:
         self._bar.close()
 
 
-class _Bar:
-    """Progress over choices, on standard error, once it has lasted."""
+class Bar:
+    """Progress on standard error, drawn on a terminal once it has lasted; ``what`` is going on."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, what: str, total: int) -> None:
         console = Console(stderr=True)
         self._wanted = sys.stderr is not None and sys.stderr.isatty() and console.is_interactive
         self._began = time.monotonic()
-        columns = (TextColumn("generating"), BarColumn(), TaskProgressColumn())
+        columns = (TextColumn(what), BarColumn(), TaskProgressColumn())
         # Redirection, rich's default, would send results from standard output to standard error.
         self._progress = Progress(
             *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
         )
         self._task = self._progress.add_task("", total=total)
 
-    def show(self, choices: float) -> None:
+    def show(self, done: float) -> None:
+        """How many are done."""
         if self._wanted and time.monotonic() - self._began > SHOW_AFTER_S:
             self._progress.start()
-            self._progress.update(self._task, completed=choices)
+            self._progress.update(self._task, completed=done)
 
     def close(self) -> None:
         """Leaves the screen to a result; the next ``show`` draws the bar again."""

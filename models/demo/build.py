@@ -232,7 +232,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=9_000_000, help="seen by the target")
+    parser.add_argument("--tokens", type=int, default=6_000_000, help="seen by the target")
     parser.add_argument("--draft-tokens", type=int, default=8_000_000, help="seen by the draft")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -249,7 +249,7 @@ def main() -> None:
     if not (target_dir / "model.safetensors").exists():
         recipe = Recipe(
             hidden_size=384, intermediate_size=1024, num_layers=6, num_heads=6, num_kv_heads=2,
-            peak_lr=1.5e-3, tokens=args.tokens, tokens_per_step=2048, seed=2,
+            peak_lr=1.5e-3, tokens=args.tokens, tokens_per_step=4096, seed=2,
         )  # fmt: skip
         save(train(recipe, stream, teacher=None, name="target"), tokenizer, target_dir)
     if not (draft_dir / "model.safetensors").exists():

@@ -40,9 +40,11 @@ class CostEstimates:
             self._curve = None
 
     def observe_draft_step(self, seconds: float) -> None:
-        known = seconds if self.draft_seconds is None else self.draft_seconds
-        # A stall is not the drafter's cost: one step counts as at most four times the estimate.
-        self.draft_seconds = known + LEARNING_RATE * (min(seconds, 4 * known) - known)
+        self.draft_seconds = _updated(self.draft_seconds, seconds)
+
+    def observe_round_trip(self, seconds: float) -> None:
+        """What a remote drafter's round took beside its draft steps."""
+        self.round_trip = _updated(self.round_trip, seconds)
 
     def observe_children(self, hits: int, misses: int) -> None:
         """Nodes on the accepted path whose children held the target's token, or did not."""
@@ -54,3 +56,12 @@ class CostEstimates:
         self.hit_probability += FORGETTING * (FIRST_HIT_PROBABILITY - self.hit_probability)
         if self.draft_seconds is not None:
             self.draft_seconds *= 1 - FORGETTING
+
+
+def _updated(known: float | None, seconds: float) -> float:
+    """An estimate after one more observation."""
+    # An estimate of zero, from clocks that disagree, would never leave it.
+    if not known:
+        return seconds
+    # A stall is not the drafter's cost: one step counts as at most four times the estimate.
+    return known + LEARNING_RATE * (min(seconds, 4 * known) - known)

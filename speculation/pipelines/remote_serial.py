@@ -9,8 +9,8 @@ answer in time is not waited for again until it has caught up.
 
 import numpy as np
 
-from outrider.speculation.pipelines.actions import RemoteDraft, Verify, Wait
-from outrider.speculation.pipelines.costs import LEARNING_RATE, CostEstimates
+from outrider.speculation.pipelines.actions import RemoteDraft, Round, Verify, Wait
+from outrider.speculation.pipelines.costs import CostEstimates
 from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.selection import best_budget
 from outrider.speculation.types import Verdict
@@ -28,20 +28,28 @@ class RemoteSerialPipeline:
     def __init__(self, shape: TreeShape, costs: CostEstimates) -> None:
         self.shape, self.costs = shape, costs
         self._late = False
+        self._asked: float | None = None
+        """When the decision at hand was first asked for."""
         self._judged: float | None = None
         """When the round began that was last learnt from."""
 
     def decide(self, draft: RemoteDraft, now: float) -> Wait | Verify:
         """The next action; call again whenever something has arrived or the time is up."""
         current = draft.round
+        if self._asked is None:
+            self._asked = now
         if current.ended is None and current.allowed and draft.reachable and not self._late:
-            until = current.began + self._patience(current.allowed)
+            # A worker that takes over meanwhile begins a new round, but no new wait.
+            until = min(current.began + self._patience(current.allowed), self._asked + MAX_PATIENCE)
             if now < until:
                 return Wait(until)
             self._late = True
+        self._asked = None
         if current.ended is not None:
             self._late = False
-            self._learn(draft)
+        # That no steps were allowed needs no answer, which would come after the next commit.
+        if current.ended is not None or not current.allowed:
+            self._learn(current)
         draft.steps_after_commit = self._best_steps()
         return Verify(self._budget(draft))
 
@@ -57,19 +65,15 @@ class RemoteSerialPipeline:
         curve = self.costs.curve(self.shape.num_speculative_tokens + 1)
         return best_budget(live, curve)
 
-    def _learn(self, draft: RemoteDraft) -> None:
-        current = draft.round
-        assert current.ended is not None
+    def _learn(self, current: Round) -> None:
         if self._judged == current.began:
             return
         self._judged = current.began
         if not current.allowed:
             self.costs.forget_a_little()
-        elif current.steps:
+        elif current.ended is not None and current.steps:
             self.costs.observe_draft_step(current.seconds / current.steps)
-            trip = max(0.0, current.ended - current.began - current.seconds)
-            known = trip if self.costs.round_trip is None else self.costs.round_trip
-            self.costs.round_trip = known + LEARNING_RATE * (min(trip, 4 * known) - known)
+            self.costs.observe_round_trip(max(0.0, current.ended - current.began - current.seconds))
 
     def _patience(self, steps: int) -> float:
         costs = self.costs

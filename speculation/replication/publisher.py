@@ -1,12 +1,15 @@
 """The drafter's end of one generation: what grew becomes messages, commits become known."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from outrider.speculation.living_tree import LivingTree
-from outrider.speculation.replication.messages import ROOT_ID, Commit, Growth, Open
+from outrider.speculation.replication.messages import MAX_GROWTH_NODES, ROOT_ID, Commit, Growth, Open
 from outrider.speculation.replication.replica import GapError
 from outrider.speculation.replication.text import CommittedText, hash_behind
 from outrider.speculation.tree import ROOT
+from outrider.speculation.types import IntArray
 
 
 class Publisher:
@@ -41,18 +44,34 @@ class Publisher:
 
     def publish(
         self, *, final: bool, draft_steps: int, draft_rows: int, draft_seconds: float, sent_at: float
-    ) -> Growth:
-        """All nodes that grew since the last call and are still there; see ``Growth``."""
+    ) -> list[Growth]:
+        """All nodes that grew since the last call and are still there, as one message or more.
+
+        The arguments are those of ``Growth``; the last message has them.
+        """
         tree = self._tree
         live = tree.slots
         fresh = live[tree.births[live] > self._last_birth]
         fresh = fresh[np.argsort(tree.births[fresh])]
-        first = self._next_id
         if len(fresh):
             self._last_birth = int(tree.births[fresh[-1]])
-            self._ids[fresh] = first + np.arange(len(fresh))
-            self._next_id += len(fresh)
-        parents = tree.parents[fresh]
+        starts = range(0, max(1, len(fresh)), MAX_GROWTH_NODES)
+        growths = [self._growth(fresh[start : start + MAX_GROWTH_NODES], sent_at) for start in starts]
+        growths[-1] = replace(
+            growths[-1],
+            final=final,
+            draft_steps=draft_steps,
+            draft_rows=draft_rows,
+            draft_seconds=draft_seconds,
+        )
+        return growths
+
+    def _growth(self, slots: IntArray, sent_at: float) -> Growth:
+        """Numbers these nodes, the oldest first."""
+        tree, first = self._tree, self._next_id
+        self._ids[slots] = first + np.arange(len(slots))
+        self._next_id += len(slots)
+        parents = tree.parents[slots]
         below_root = parents == ROOT
         above = np.where(below_root, 1.0, tree.path_scores[parents])
         return Growth(
@@ -62,11 +81,7 @@ class Publisher:
             base_length=self.text.length,
             first_id=first,
             parents=np.where(below_root, ROOT_ID, self._ids[parents]),
-            tokens=tree.tokens[fresh],
-            scores=np.minimum(tree.path_scores[fresh] / above, 1.0).astype(np.float32),
-            final=final,
-            draft_steps=draft_steps,
-            draft_rows=draft_rows,
-            draft_seconds=draft_seconds,
+            tokens=tree.tokens[slots],
+            scores=np.minimum(tree.path_scores[slots] / above, 1.0).astype(np.float32),
             sent_at=sent_at,
         )

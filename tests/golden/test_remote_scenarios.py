@@ -6,8 +6,9 @@ from functools import cache
 
 import pytest
 from instruments.checks import CYCLE, letters
-from instruments.remote import Deployment, Finished, Pace, Recorded, fault_at, plain, relative
+from instruments.remote import Deployment, Finished, Pace, Recorded, fault_at, plain
 from instruments.serving import EOS
+from instruments.table_drafts import relative
 from instruments.table_lm import TableLM
 
 from outrider.actors.virtual import Faults
@@ -197,7 +198,7 @@ def test_a_drafter_that_is_always_wrong_costs_no_forward(
 @PIPELINES
 @pytest.mark.parametrize("copies", [(0.0, 0.0), (0.0, 0.03, 0.06)], ids=["at once", "later"])
 def test_everything_said_twice(params: SamplingParams, pipeline: str, copies: Sequence[float]) -> None:
-    """Duplicates cost nothing but bytes: not even a forward more than without them."""
+    """Duplicates end no generation and cost no forward; a wait may be judged a little longer."""
 
     def repeated(_: int, message: object) -> Sequence[float]:  # noqa: ARG001
         return copies
@@ -208,7 +209,8 @@ def test_everything_said_twice(params: SamplingParams, pipeline: str, copies: Se
     outcome = deployment.target.serve(PROMPT, params)
     assert outcome.token_ids == plain(LM, PROMPT, params)
     assert outcome.stats.generations == 1
-    assert outcome.times == reference.times
+    assert len(outcome.steps) == len(reference.steps)
+    assert outcome.times[-1] < 1.1 * reference.times[-1]
     deployment.require_empty()
 
 
@@ -218,9 +220,7 @@ def test_requests_of_one_batch_are_what_they_are_alone(params: SamplingParams, p
     wanted = [replace(params, max_tokens=length, seed=length) for length in (6, 20, 13, 1)]
     prompts = [PROMPT, [4], [2, 2], [0, 1, 0, 1]]
     deployment = Deployment(LM, draft=GOOD, pipeline=pipeline, max_sessions=3)
-    running = [
-        deployment.target.start(prompt, each) for prompt, each in zip(prompts, wanted, strict=True)
-    ]
+    running = [deployment.target.start(prompt, each) for prompt, each in zip(prompts, wanted, strict=True)]
     deployment.target.finish(running)
     for outcome, prompt, each in zip(running, prompts, wanted, strict=True):
         assert outcome.token_ids == plain(LM, prompt, each)
@@ -245,9 +245,9 @@ def test_several_targets_share_a_worker(params: SamplingParams, pipeline: str) -
         for target, each in zip(deployment.targets, running, strict=True):
             if not each.run.finished:
                 target.step([each])
-    for outcome, prompt, each in zip(running, prompts, wanted, strict=True):
+    for outcome, prompt, params in zip(running, prompts, wanted, strict=True):
         outcome.run.close()
-        assert outcome.token_ids == plain(LM, prompt, each)
+        assert outcome.token_ids == plain(LM, prompt, params)
         assert outcome.stats.num_accepted_tokens > 5
         assert outcome.stats.generations == 1
     deployment.require_empty()

@@ -1,0 +1,194 @@
+"""What starts ends: with its owner, with Ctrl-C, and however else; nothing is left behind."""
+
+import gc
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from instruments.processes import accepted, children, complete, open_files, runs, until
+
+from outrider import LLM, SamplingParams
+from outrider.cluster import launcher
+from outrider.cluster.launcher import LocalWorkers
+
+COMMAND = [sys.executable, "-m", "outrider.cluster.cli.main", "generate", "--workers", "local"]
+LONG = [f"--prompt={number}" for number in range(300)]
+PARAMS = SamplingParams(temperature=0, max_tokens=20)
+CONFIG = {"workers": "local:2", "pipeline": "serial", "tree": {"adaptive": False}}
+BY_FILE = {"model": str(Path(launcher.__file__).parents[1] / "models/demo/draft")}
+
+
+def owned_threads() -> list[threading.Thread]:
+    """Threads of this process that are ours; gRPC keeps one of its own."""
+    ours = ("outrider", "_listen", "end_it", "Timer")
+    return [each for each in threading.enumerate() if any(name in repr(each) for name in ours)]
+
+
+def test_closing_leaves_nothing_and_decodes_plainly() -> None:
+    before = children(os.getpid())
+    files, threads = open_files(), owned_threads()
+    with LLM(speculative_config={**CONFIG, **BY_FILE}) as llm:
+        assert llm.workers is not None
+        assert llm.workers.local is not None
+        pids, addresses = llm.workers.local.pids, llm.workers.local.addresses
+        drafted = complete(llm, ["import os\n"] * 3, PARAMS)
+        assert accepted(drafted).num_accepted_tokens > 0
+        unfinished = llm.stream("import os\n", PARAMS)
+        begun = next(unfinished).token_ids
+    llm.close()
+    assert not any(runs(pid) for pid in pids)
+    assert children(os.getpid()) == before
+    assert not any(_listens(address) for address in addresses)
+    assert owned_threads() == threads
+    # What had begun goes on, and so does the engine.
+    for step in unfinished:
+        begun += step.token_ids
+    began = time.perf_counter()
+    (after,) = complete(llm, ["import os\n"], PARAMS)
+    assert after.token_ids == begun == drafted[0].token_ids
+    assert (after.stats.generations, after.stats.wait_seconds) == (0, 0.0)
+    assert time.perf_counter() - began < 5
+    del llm, unfinished
+    gc.collect()
+    # gRPC's own, for the whole process.
+    assert open_files() <= files + 8
+
+
+def _listens(address: str) -> bool:
+    port = int(address.rpartition(":")[2])
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return any(int(line.split()[1].split(":")[1], 16) == port and line.split()[3] == "0A" for line in lines)
+
+
+def test_two_targets_with_workers_of_their_own_and_an_exit_without_close(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(
+        "from outrider import LLM, SamplingParams\n"
+        f"config = {{'workers': 'local', **{BY_FILE!r}}}\n"
+        "one, other = (LLM(speculative_config=config, max_model_len=256) for _ in range(2))\n"
+        "params = SamplingParams(max_tokens=8, temperature=0)\n"
+        "texts = [llm.generate('import os', params)[0].outputs[0].text for llm in (one, other)]\n"
+        "assert texts[0] == texts[1]\n"
+        "print(*one.workers.local.pids, *other.workers.local.pids)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    pids = [int(each) for each in done.stdout.split()]
+    assert len(set(pids)) == 2
+    assert not any(runs(pid) for pid in pids)
+
+
+@contextmanager
+def generating(*words: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A run on a terminal, and the terminal's other end."""
+    main_end, terminal = pty.openpty()
+    with subprocess.Popen(
+        [*COMMAND, "--threads", "1", *words],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        os.close(terminal)
+        try:
+            yield process, main_end
+        finally:
+            process.kill()
+            os.close(main_end)
+
+
+def has_worker(process: subprocess.Popen[bytes]) -> bool:
+    return bool(children(process.pid))
+
+
+@pytest.mark.parametrize("moment", ["start-up", "loading", "mid-stream"])
+def test_ctrl_c_ends_everything(moment: str) -> None:
+    with generating(*LONG) as (process, screen):
+        if moment == "start-up":
+            # Python itself answers the signal before it runs any of our code.
+            assert until(lambda: b"outrider.cluster" in _maps_command(process.pid))
+            time.sleep(0.5)
+        else:
+            assert until(lambda: has_worker(process))
+        workers = children(process.pid)
+        if moment == "mid-stream":
+            assert os.read(screen, 1)
+        os.killpg(process.pid, signal.SIGINT)
+        began = time.monotonic()
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert error.decode().splitlines()[-1] == "outrider: interrupted"
+        assert "Traceback" not in error.decode()
+        assert until(lambda: not any(map(runs, workers)), 5)
+        assert time.monotonic() - began < 5 + launcher.STOP_SECONDS
+
+
+def _maps_command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+@pytest.mark.parametrize("loading", [True, False])
+def test_a_killed_owner_leaves_no_worker(loading: bool) -> None:
+    with generating(*LONG) as (process, screen):
+        assert until(lambda: has_worker(process))
+        workers = children(process.pid)
+        if not loading:
+            assert os.read(screen, 1)
+        process.kill()
+        process.wait()
+        assert until(lambda: not any(map(runs, workers)), 5)
+
+
+def test_a_second_run_beside_the_first_and_a_worker_that_dies_is_told_once() -> None:
+    with generating(*LONG, "--ignore-eos") as (first, screen):
+        assert os.read(screen, 1)
+        words = [*COMMAND, "--threads", "1", "--prompt", "import os", "--max-tokens", "5"]
+        second = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        assert (second.returncode, second.stderr) == (0, "")
+        assert second.stdout
+        (worker,) = children(first.pid)
+        os.kill(worker, signal.SIGKILL)
+        told: list[bytes] = []
+        assert first.stderr is not None
+        reader = threading.Thread(target=_drain, args=(screen,), daemon=True)
+        reader.start()
+        figures = 0
+        for line in first.stderr:
+            told += [line] if b"warning" in line else []
+            figures += line.startswith(b"== prompt") and bool(told)
+            if figures == 3:
+                break
+        first.kill()
+        reader.join()
+    assert len(told) == 1
+    assert told[0].startswith(b"outrider: warning: the draft worker at 127.0.0.1:")
+    assert told[0].endswith(b" was killed by signal 9\n")
+
+
+def _drain(screen: int) -> None:
+    try:
+        while os.read(screen, 4096):
+            pass
+    except OSError:  # the other end is closed
+        return
+
+
+def test_an_interrupted_start_leaves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A running timer would keep the process alive for two minutes."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = set(threading.enumerate())
+    monkeypatch.setattr(launcher.json, "loads", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        LocalWorkers(1, [])
+    assert not [each for each in threading.enumerate() if each not in before and not each.daemon]

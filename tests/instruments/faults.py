@@ -1,0 +1,185 @@
+"""Faults that ``unit/test_mutations.py`` puts into the engine on purpose."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from outrider.actors import model_runner
+from outrider.actors.remote_session import RemoteSession
+from outrider.kernels.tree_attention import AttentionGroup
+from outrider.models import batch
+from outrider.models.batch import Rows
+from outrider.models.kv_cache import KVSequence
+from outrider.models.numerics import RowClasses
+from outrider.speculation.replication.messages import Growth
+from outrider.speculation.replication.replica import NO_POSITION, Replica
+from outrider.speculation.sampling_params import SamplingParams
+from outrider.speculation.stopping import StopChecker, StopOutcome
+from outrider.speculation.tree import DraftTree
+from outrider.speculation.types import FinishReason, FloatArray, IntArray, Verdict
+
+
+def reused_draw(length: int, tree: DraftTree) -> IntArray:
+    return length + np.concatenate(([0], np.maximum(tree.depths - 1, 0)))
+
+
+def off_by_one(length: int, tree: DraftTree) -> IntArray:
+    """Only where something was drafted; shifting every step alike would merely be other noise."""
+    return length + np.concatenate(([0], tree.depths)) + int(len(tree) > 0)
+
+
+def pathless_positions(length: int, tree: DraftTree) -> IntArray:
+    return np.full(len(tree) + 1, length)
+
+
+def swap_siblings(patch: pytest.MonkeyPatch) -> None:
+    """The first two children of the root are attended in each other's place."""
+    original = model_runner.tree_rows
+
+    def swapped(*arguments: Any) -> Rows:
+        rows = original(*arguments)
+        if len(rows.node_slots) < 2:
+            return rows
+        slots = rows.node_slots.copy()
+        slots[[0, 1]] = slots[[1, 0]]
+        return replace(rows, node_slots=slots)
+
+    patch.setattr(model_runner, "tree_rows", swapped)
+
+
+class NoEos(StopChecker):
+    def __init__(self, params: SamplingParams, eos_ids: Sequence[int], *others: Any) -> None:  # noqa: ARG002
+        super().__init__(params, (), *others)
+
+
+class LastTokenOnly(StopChecker):
+    """Looks for the end in the target's own token only."""
+
+    def _end_by_token(self, tokens: Sequence[int]) -> StopOutcome:
+        outcome = super()._end_by_token(tokens)
+        early = outcome.finish_reason is FinishReason.STOP and outcome.num_kept < len(tokens)
+        return StopOutcome(num_kept=len(tokens)) if early else outcome
+
+
+class WholeWindows(StopChecker):
+    """Does not cut the last window at ``max_tokens``."""
+
+    def _end_by_token(self, tokens: Sequence[int]) -> StopOutcome:
+        outcome = super()._end_by_token(tokens)
+        too_long = outcome.finish_reason is FinishReason.LENGTH
+        return replace(outcome, num_kept=len(tokens)) if too_long else outcome
+
+
+class NoStraddling(StopChecker):
+    """Looks for stop strings within a token's own text."""
+
+    def _find_stop(self, old_length: int) -> tuple[int, str] | None:
+        found = super()._find_stop(old_length)
+        return None if found is not None and found[0] < old_length else found
+
+
+def count_history_only(self: Any, tree: DraftTree) -> tuple[IntArray, FloatArray]:
+    ids = self._ids[: self._num_ids]
+    return ids, np.tile(self._counts[ids], (len(tree) + 1, 1))
+
+
+def pad_to_batch(rows: Rows, classes: RowClasses, dtype: torch.dtype) -> list[AttentionGroup]:
+    """Every row takes its shared keys, and so its order of summing, from the longest row."""
+    stride = batch.STRIDE
+    prefix = stride * np.maximum(0, rows.positions // stride - 1)
+    longest = np.full_like(prefix, prefix.max())
+    slots, mask = batch._canonical_tails(rows, longest)
+    return [
+        AttentionGroup(
+            rows=None,
+            num_rows=len(prefix),
+            padded=classes.attention_rows(len(prefix)),
+            shared=(rows.base, int(prefix.max())),
+            tail_slots=torch.from_numpy(slots.reshape(-1)),
+            tail_mask=torch.from_numpy(mask[:, None]).to(dtype),
+        )
+    ]
+
+
+def unshifted_groups(patch: pytest.MonkeyPatch) -> None:
+    """Every part's attention is that of the forward's first rows."""
+    original = batch._shifted
+    patch.setattr(batch, "_shifted", lambda group, _: original(group, 0))
+
+
+def commit_by_depth(patch: pytest.MonkeyPatch) -> None:
+    """Takes the first nodes of the arena for the accepted ones."""
+    original = KVSequence.commit_nodes
+    patch.setattr(KVSequence, "commit_nodes", lambda self, nodes: original(self, np.arange(len(nodes))))
+
+
+def commit_one_too_far(patch: pytest.MonkeyPatch) -> None:
+    """Moves the accepted entries one position too far."""
+    original = KVSequence.commit_nodes
+
+    def moved(self: KVSequence, nodes: IntArray) -> None:
+        self.length += 1
+        original(self, nodes)
+        self.length -= 1
+
+    patch.setattr(KVSequence, "commit_nodes", moved)
+
+
+def commit_backwards(patch: pytest.MonkeyPatch) -> None:
+    original = KVSequence.commit_nodes
+    patch.setattr(KVSequence, "commit_nodes", lambda self, nodes: original(self, nodes[::-1].copy()))
+
+
+def accept_everything(tree: DraftTree, target_tokens: IntArray) -> Verdict:
+    """The deepest path, whatever the target says."""
+    if not len(tree):
+        return Verdict(accepted=np.zeros(0, np.int64), token=int(target_tokens[0]))
+    last = int(tree.depths.argmax())
+    return Verdict(accepted=tree.ancestor_mask[last].nonzero()[0], token=int(target_tokens[last + 1]))
+
+
+def accept_orphans(tree: DraftTree, target_tokens: IntArray) -> Verdict:
+    """A node that agrees is accepted although its parent was not."""
+    agrees = tree.tokens == target_tokens[tree.parent_indices + 1]
+    if not agrees.any():
+        return Verdict(accepted=np.zeros(0, np.int64), token=int(target_tokens[0]))
+    last = int(np.where(agrees, tree.depths, 0).argmax())
+    return Verdict(accepted=tree.ancestor_mask[last].nonzero()[0], token=int(target_tokens[last + 1]))
+
+
+def accept_any_generation(patch: pytest.MonkeyPatch) -> None:
+    original = RemoteSession.receive
+
+    def received(self: RemoteSession, growth: Growth, num_bytes: int) -> bool:
+        return original(self, replace(growth, generation=self._generation), num_bytes)
+
+    patch.setattr(RemoteSession, "receive", received)
+
+
+def drop_what_crossed(self: Replica, forest: Any) -> None:  # noqa: ARG001
+    """Growth from before the last commit is dropped, though it may agree with it."""
+    forest.own_positions = np.full(len(forest.tokens), NO_POSITION)
+
+
+def shift_aliases(patch: pytest.MonkeyPatch) -> None:
+    original = Replica._position_of
+
+    def shifted(self: Replica, births: IntArray) -> IntArray:
+        positions = original(self, births)
+        return np.where(positions == NO_POSITION, NO_POSITION, positions + 1)
+
+    patch.setattr(Replica, "_position_of", shifted)
+
+
+def skip_gaps(patch: pytest.MonkeyPatch) -> None:
+    original = Replica._is_next
+
+    def skipped(self: Replica, message: Growth) -> bool:
+        self._next_id = max(self._next_id, message.first_id)
+        return original(self, message)
+
+    patch.setattr(Replica, "_is_next", skipped)

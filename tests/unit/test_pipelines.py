@@ -1,0 +1,181 @@
+"""Decisions of the pipelines whose drafter is in another process, and shares of a batch."""
+
+import itertools
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from outrider.speculation.living_tree import LivingTree
+from outrider.speculation.pipelines.actions import Round, Verify, Wait
+from outrider.speculation.pipelines.costs import CostEstimates
+from outrider.speculation.pipelines.parallel import ParallelPipeline
+from outrider.speculation.pipelines.remote_serial import LEAST_PATIENCE, MAX_PATIENCE, RemoteSerialPipeline
+from outrider.speculation.pipelines.shape import TreeShape
+from outrider.speculation.selection import share_budget
+from outrider.speculation.step_cost import StepCostModel
+from outrider.speculation.tree import ROOT, Law
+from outrider.speculation.types import Verdict
+
+
+@dataclass
+class Draft:
+    """A ``RemoteDraft`` that does as it is told."""
+
+    tree: LivingTree = field(default_factory=lambda: LivingTree(Law.COUPLED))
+    round: Round = field(default_factory=lambda: Round(began=0.0, allowed=4))
+    steps_after_commit: int = 4
+    reachable: bool = True
+
+    def commit(self, now: float) -> None:
+        self.round = Round(began=now, allowed=self.steps_after_commit)
+
+    def answer(self, now: float, *, step: float = 0.01) -> None:
+        """The drafter has taken all its steps."""
+        self.round.steps, self.round.seconds = self.round.allowed, step * self.round.allowed
+        self.round.ended = now
+
+
+def serial(*, adaptive: bool = True, depth: int = 6) -> RemoteSerialPipeline:
+    curve = 0.05 * (1 + 0.01 * np.arange(64))
+    shape = TreeShape(adaptive=adaptive, depth=depth)
+    return RemoteSerialPipeline(shape, CostEstimates(StepCostModel(curve)))
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_parallel_never_waits(adaptive: bool) -> None:
+    """Whatever the drafter does: not there, silent, in the middle of something, done."""
+    pipeline = ParallelPipeline(TreeShape(adaptive=adaptive), CostEstimates())
+    draft = Draft()
+    for reachable, allowed, ended in itertools.product([True, False], [0, -1, 5], [None, 0.1]):
+        draft.reachable, draft.round = reachable, Round(began=0.0, allowed=allowed, ended=ended)
+        assert isinstance(pipeline.decide(draft, 0.05), Verify)
+
+
+def test_parallel_verifies_what_pays() -> None:
+    curve = 0.05 * (1 + 0.1 * np.arange(64))
+    pipeline = ParallelPipeline(TreeShape(), CostEstimates(StepCostModel(curve)))
+    draft = Draft()
+    assert pipeline.decide(draft, 0.0) == Verify(0)
+    draft.tree.add([ROOT] * 4, [1, 2, 3, 4], [0.9, 0.5, 0.05, 0.01])
+    assert pipeline.decide(draft, 0.0) == Verify(2)
+
+
+def test_serial_waits_for_the_answer_and_then_verifies() -> None:
+    pipeline, draft = serial(), Draft()
+    assert pipeline.decide(draft, 0.0) == Wait(MAX_PATIENCE)
+    assert pipeline.decide(draft, 0.1) == Wait(MAX_PATIENCE)
+    draft.tree.add([ROOT], [1], [0.9])
+    draft.answer(0.15)
+    assert pipeline.decide(draft, 0.15) == Verify(1)
+    assert pipeline.costs.draft_seconds == pytest.approx(0.01)
+    assert pipeline.costs.round_trip == pytest.approx(0.11)
+
+
+def test_serial_does_not_wait_for_nobody_or_nothing() -> None:
+    assert isinstance(serial().decide(Draft(reachable=False), 0.0), Verify)
+    assert isinstance(serial().decide(Draft(round=Round(began=0.0, allowed=0)), 0.0), Verify)
+
+
+def test_serial_is_late_once_and_recovers() -> None:
+    pipeline, draft = serial(), Draft()
+    assert isinstance(pipeline.decide(draft, 0.0), Wait)
+    assert isinstance(pipeline.decide(draft, MAX_PATIENCE), Verify)
+    for step in range(1, 5):
+        draft.commit(float(step))
+        assert isinstance(pipeline.decide(draft, float(step)), Verify), "it waits for a late drafter"
+    draft.answer(4.1)
+    assert isinstance(pipeline.decide(draft, 4.1), Verify)
+    draft.commit(5.0)
+    assert isinstance(pipeline.decide(draft, 5.0), Wait)
+
+
+def test_serial_waits_a_few_expected_rounds_at_most() -> None:
+    pipeline, draft = serial(adaptive=False, depth=2), Draft()
+    pipeline.decide(draft, 0.0)
+    draft.round.allowed = 1
+    draft.answer(0.012)
+    pipeline.decide(draft, 0.012)
+    draft.commit(1.0)
+    waiting = pipeline.decide(draft, 1.0)
+    assert isinstance(waiting, Wait)
+    assert waiting.until == pytest.approx(1.0 + 4 * (0.002 + 2 * 0.01))
+    draft.answer(1.05)
+    pipeline.decide(draft, 1.05)
+    draft.round = Round(began=2.0, allowed=1)
+    waiting = pipeline.decide(draft, 2.0)
+    assert isinstance(waiting, Wait)
+    assert LEAST_PATIENCE <= waiting.until - 2.0 <= MAX_PATIENCE
+
+
+def test_a_round_that_begins_while_serial_waits_begins_no_new_wait() -> None:
+    """Worker after worker may fail and hand over; the target must not wait for each of them."""
+    pipeline, draft = serial(), Draft()
+    assert isinstance(pipeline.decide(draft, 0.0), Wait)
+    draft.commit(0.19)
+    assert pipeline.decide(draft, 0.19) == Wait(MAX_PATIENCE)
+    draft.commit(0.2)
+    assert isinstance(pipeline.decide(draft, 0.2), Verify)
+
+
+def test_serial_stops_drafting_that_does_not_pay_and_tries_again() -> None:
+    """The drafter's "nothing to do" is never back before the next commit."""
+    pipeline, draft = serial(), Draft()
+    now, allowed = 0.0, list[int]()
+    for _ in range(600):
+        if draft.steps_after_commit:
+            draft.answer(now, step=0.03)
+        pipeline.decide(draft, now)
+        if allowed and allowed[-1]:
+            pipeline.observe_verdict(Verdict(accepted=np.zeros(0, np.int64), token=0), 1)
+        allowed.append(draft.steps_after_commit)
+        draft.commit(now)
+        now += 0.05
+    assert allowed[0] > 0
+    first = allowed.index(0)
+    assert first < 40, "it goes on with what does not pay"
+    assert sum(allowed[first:]) > 0, "it never tries again"
+    assert sum(map(bool, allowed[first:])) < 100
+
+
+def test_an_estimate_of_zero_is_left_again() -> None:
+    """Clocks disagree: the first round may seem to have taken no time beside its steps."""
+    costs = CostEstimates()
+    for seconds in (0.0, 0.02, 0.02):
+        costs.observe_round_trip(seconds)
+        costs.observe_draft_step(seconds)
+    assert costs.round_trip == costs.draft_seconds == pytest.approx(0.02)
+
+
+def test_a_stall_is_not_the_drafter_s_cost() -> None:
+    costs = CostEstimates()
+    for seconds in (0.01, 9.0):
+        costs.observe_draft_step(seconds)
+        costs.observe_round_trip(seconds)
+    assert costs.draft_seconds == costs.round_trip == pytest.approx(0.01 + 0.05 * 0.03)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_shares_of_a_batch_are_the_best_by_brute_force(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    batch = int(rng.integers(1, 4))
+    scores = [np.sort(rng.random(int(rng.integers(0, 5))))[::-1] for _ in range(batch)]
+    seconds = np.cumsum(rng.random(batch + int(rng.integers(0, 9))) * 0.02) + 0.03
+
+    def rate(shares: tuple[int, ...]) -> float:
+        tokens = batch + sum(float(each[:count].sum()) for each, count in zip(scores, shares, strict=True))
+        return tokens / float(seconds[batch + sum(shares) - 1])
+
+    possible = [
+        shares
+        for shares in itertools.product(*(range(len(each) + 1) for each in scores))
+        if batch + sum(shares) <= len(seconds)
+    ]
+    shares = tuple(share_budget(scores, seconds))
+    assert shares in possible
+    assert rate(shares) == pytest.approx(max(map(rate, possible)))
+
+
+def test_more_requests_than_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 requests do not fit 2 rows"):
+        share_budget([np.zeros(0)] * 3, [0.1, 0.2])
