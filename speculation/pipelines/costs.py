@@ -1,6 +1,9 @@
 """What steps cost and yield, learnt online by all requests of one engine together."""
 
+import numpy as np
+
 from outrider.speculation.step_cost import StepCostModel
+from outrider.speculation.tree import MAX_TREE_DEPTH
 from outrider.speculation.types import FloatArray
 
 LEARNING_RATE = 0.05
@@ -23,6 +26,8 @@ class CostEstimates:
         self.round_trip: float | None = None
         """Seconds of a remote drafter's round beside its draft steps; None before the first."""
         self.hit_probability = FIRST_HIT_PROBABILITY
+        self._depth_hits = np.full(MAX_TREE_DEPTH, FIRST_HIT_PROBABILITY)
+        """Chance that an accepted path goes on at each depth, if so many draft steps were taken."""
         self._curve: FloatArray | None = None
         self._num_observed = 0
 
@@ -51,9 +56,23 @@ class CostEstimates:
         for hit in (1.0,) * hits + (0.0,) * misses:
             self.hit_probability += LEARNING_RATE * (hit - self.hit_probability)
 
+    def observe_depth(self, hits: int, steps: int) -> None:
+        """A verification accepted so many tokens of a tree of so many draft steps."""
+        seen = slice(0, min(hits + 1, steps, MAX_TREE_DEPTH))
+        went_on = np.arange(MAX_TREE_DEPTH)[seen] < hits
+        self._depth_hits[seen] += LEARNING_RATE * (went_on - self._depth_hits[seen])
+
+    def reached_depths(self, depth: int) -> FloatArray:
+        """Chance of accepting 1, 2, ... ``depth`` tokens, ``[depth]``, if so many steps are taken.
+
+        Deeper is not easier: what has never been drafted counts as what has.
+        """
+        return np.cumprod(np.minimum.accumulate(self._depth_hits[:depth]), dtype=np.float64)
+
     def forget_a_little(self) -> None:
         """After a step without drafting: what made it unattractive may have changed."""
         self.hit_probability += FORGETTING * (FIRST_HIT_PROBABILITY - self.hit_probability)
+        self._depth_hits += FORGETTING * (FIRST_HIT_PROBABILITY - self._depth_hits)
         if self.draft_seconds is not None:
             self.draft_seconds *= 1 - FORGETTING
 

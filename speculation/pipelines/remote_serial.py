@@ -1,10 +1,11 @@
 """``pipeline: serial`` with the drafter in another process: its growth and verification take turns.
 
 A commit tells the drafter how many steps to take; the target waits for them, then verifies.
-How many steps maximises expected tokens per second: with hit probability h, k steps yield
-``1 + h + ... + h**k`` tokens in ``T_target + round trip + k * T_draft`` (vanilla speculative
-decoding, Leviathan et al., 2023, theorem 3.8, with the trip added). A drafter that does not
-answer in time is not waited for again until it has caught up.
+How many steps maximises expected tokens per second: with hit probabilities h_1, h_2, ... by
+depth, k steps yield ``1 + h_1 + h_1 h_2 + ...`` (k + 1 terms) tokens in ``T_target + round trip +
+k * T_draft`` (vanilla speculative decoding, Leviathan et al., 2023, theorem 3.8, with the trip
+added and the chances told apart). A drafter that does not answer in time is not waited for
+again until it has caught up.
 """
 
 import numpy as np
@@ -32,6 +33,8 @@ class RemoteSerialPipeline:
         """When the decision at hand was first asked for."""
         self._judged: float | None = None
         """When the round began that was last learnt from."""
+        self._drafted_depth = 0
+        """Draft steps that the tree under verification was given."""
 
     def decide(self, draft: RemoteDraft, now: float) -> Wait | Verify:
         """The next action; call again whenever something has arrived or the time is up."""
@@ -50,6 +53,7 @@ class RemoteSerialPipeline:
         # That no steps were allowed needs no answer, which would come after the next commit.
         if current.ended is not None or not current.allowed:
             self._learn(current)
+        self._drafted_depth = current.steps
         draft.steps_after_commit = self._best_steps()
         return Verify(self._budget(draft))
 
@@ -57,6 +61,7 @@ class RemoteSerialPipeline:
         """See ``SerialPipeline.observe_verdict``."""
         hits = verdict.num_accepted_tokens
         self.costs.observe_children(hits, parents_with_children - hits)
+        self.costs.observe_depth(hits, self._drafted_depth)
 
     def _budget(self, draft: RemoteDraft) -> int:
         if not self.shape.adaptive:
@@ -88,7 +93,7 @@ class RemoteSerialPipeline:
         if not self.shape.adaptive:
             return depth
         steps = np.arange(depth + 1)
-        tokens = np.cumsum(costs.hit_probability**steps)
+        tokens = np.cumsum(np.append(1.0, costs.reached_depths(depth)))
         rows = np.minimum(self.shape.width * steps, self.shape.num_speculative_tokens)
         verify = costs.curve(self.shape.num_speculative_tokens + 1)[rows]
         draft = np.where(steps > 0, (costs.round_trip or 0.0) + steps * (costs.draft_seconds or 0.0), 0.0)

@@ -30,7 +30,7 @@ class TreeShape:
     width: int = 4
     children: int = 4
     depth: int = 12
-    min_score: float = 0.01
+    min_score: float = 0.005
     adaptive: bool = True
 
     def __post_init__(self) -> None:

@@ -51,7 +51,10 @@ def refused(outrider_: Run, *words: str, code: int = 2) -> str:
         (("--pipeline", "parallel"), "pipeline 'parallel' needs workers, such as 'local'"),
         (("--workers", "local", "--threads", "0"), "--threads must be at least 1, not 0"),
         (("--workers", "local", "--target", "x"), "--workers needs something that drafts: give --draft"),
-        (("--workers", "h:1", "--draft", "x"), "the workers' model is theirs to choose, so model 'x' must go"),
+        (
+            ("--workers", "h:1", "--draft", "x"),
+            "the workers' model is theirs to choose, so model 'x' must go",
+        ),
         (("-sc", '{"model": "x", "workers": {"tls_ca": "y"}}'), "local workers do without TLS"),
         (("--workers", "local", "--draft", "/no/model"), "there is no model folder '/no/model'"),
     ],

@@ -113,9 +113,8 @@ def has_worker(process: subprocess.Popen[bytes]) -> bool:
 def test_ctrl_c_ends_everything(moment: str) -> None:
     with generating(*LONG) as (process, screen):
         if moment == "start-up":
-            # Python itself answers the signal before it runs any of our code.
-            assert until(lambda: b"outrider.cluster" in _maps_command(process.pid))
-            time.sleep(0.5)
+            # Before it runs any of our code, Python itself answers the signal.
+            assert until(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
         else:
             assert until(lambda: has_worker(process))
         workers = children(process.pid)
@@ -131,10 +130,6 @@ def test_ctrl_c_ends_everything(moment: str) -> None:
         assert time.monotonic() - began < 5 + launcher.STOP_SECONDS
 
 
-def _maps_command(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
 @pytest.mark.parametrize("loading", [True, False])
 def test_a_killed_owner_leaves_no_worker(loading: bool) -> None:
     with generating(*LONG) as (process, screen):
@@ -148,7 +143,7 @@ def test_a_killed_owner_leaves_no_worker(loading: bool) -> None:
 
 
 def test_a_second_run_beside_the_first_and_a_worker_that_dies_is_told_once() -> None:
-    with generating(*LONG, "--ignore-eos") as (first, screen):
+    with generating(*LONG, "--max-tokens", "30") as (first, screen):
         assert os.read(screen, 1)
         words = [*COMMAND, "--threads", "1", "--prompt", "import os", "--max-tokens", "5"]
         second = subprocess.run(words, capture_output=True, text=True, timeout=120)
@@ -164,7 +159,7 @@ def test_a_second_run_beside_the_first_and_a_worker_that_dies_is_told_once() -> 
         for line in first.stderr:
             told += [line] if b"warning" in line else []
             figures += line.startswith(b"== prompt") and bool(told)
-            if figures == 3:
+            if figures == 2:
                 break
         first.kill()
         reader.join()

@@ -248,6 +248,6 @@ def test_several_targets_share_a_worker(params: SamplingParams, pipeline: str) -
     for outcome, prompt, params in zip(running, prompts, wanted, strict=True):
         outcome.run.close()
         assert outcome.token_ids == plain(LM, prompt, params)
-        assert outcome.stats.num_accepted_tokens > 5
+        assert outcome.stats.num_accepted_tokens > 0
         assert outcome.stats.generations == 1
     deployment.require_empty()
