@@ -97,7 +97,7 @@ class GrpcDraftChannel:
         self._outbox: Outbox | None = None
         """Of the stream whose ``Welcome`` was received last: nothing meant for it reaches the next."""
         self._welcomed_at: float | None = None
-        self._task = io.run(self._start())
+        self._task: asyncio.Task[None] | None = io.run(self._start())
 
     def send(self, message: TargetMessage) -> int:
         """Encodes in the calling thread and never waits; see ``DraftChannel``."""
@@ -122,16 +122,14 @@ class GrpcDraftChannel:
         """Ends the stream for good and waits until it is gone; may be called twice."""
         self._outbox = None
         self._inbox.close()
-        if not self._task.done():
-            self._io.run(self._stop())
+        # Also forgotten: it holds its cancellation's traceback, and with it gRPC's sockets.
+        task, self._task = self._task, None
+        if task is not None and not task.done():
+            self._io.run(_stop(task))
         self._over()
 
     async def _start(self) -> asyncio.Task[None]:
         return asyncio.create_task(self._stay_connected())
-
-    async def _stop(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
 
     async def _stay_connected(self) -> None:
         pause, told = FIRST_PAUSE, ""
@@ -278,6 +276,11 @@ class DraftClient:
             channel.close()
         if self._owns_io:
             self._io.close()
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _write(call: _Call, data: bytes) -> None:

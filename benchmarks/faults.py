@@ -27,6 +27,7 @@ import torch
 from common import conditions, finish
 
 from outrider import LLM, SamplingParams
+from outrider.actors.model_runner import ModelRunner
 from outrider.cluster.cluster_security import TOKEN_VARIABLE
 from outrider.cluster.launcher import LocalWorkers
 from outrider.models.demo import corpus, pair
@@ -224,8 +225,10 @@ def serve(llm: LLM, request: Request, before_step: Callable[[int], None] | None 
 
 def leaked_blocks(llm: LLM) -> int:
     """1 if the target's cache is not idle."""
+    runner = llm.engine.target.runner
+    assert isinstance(runner, ModelRunner)
     try:
-        llm.engine.target.runner.cache.check_idle()
+        runner.cache.check_idle()
     except AssertionError:
         return 1
     return 0

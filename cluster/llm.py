@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from types import TracebackType
 from typing import Any, Self, cast
@@ -19,7 +20,7 @@ from outrider.cluster.speculative_config import SpeculativeConfig
 from outrider.models.demo import pair
 from outrider.models.loader import context_length, load_model
 from outrider.models.numerics import MAX_ROWS, Numerics
-from outrider.models.tokenizer import IncrementalDetokenizer, check_same_vocabulary
+from outrider.models.tokenizer import IncrementalDetokenizer, Tokenizer, check_same_vocabulary
 from outrider.speculation.errors import InvalidConfigError, InvalidRequestError, VocabularyMismatchError
 from outrider.speculation.pipelines.registry import PIPELINES
 from outrider.speculation.pipelines.serial import SerialPipeline
@@ -114,7 +115,7 @@ class LLM:
                 ),
                 vocab_size=self.model.vocab_size,
                 eos_ids=self.model.eos_ids,
-                detokenizer=self._detokenizer,
+                detokenizer=partial(_detokenizer, self.model.tokenizer),
             ),
             verifier=make_verifier("coupled" if config is None else config.verification),
             drafting=local or pool,
@@ -252,9 +253,6 @@ class LLM:
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
         return text, np.array(ids, np.int64)
 
-    def _detokenizer(self, request: Request) -> IncrementalDetokenizer:
-        return IncrementalDetokenizer(self.model.tokenizer, request.params.skip_special_tokens)
-
     def _make_drafting(self, config: SpeculativeConfig, dtype: str) -> DraftEngine:
         if config.method == "ngram":
             return NgramEngine(
@@ -276,6 +274,10 @@ class LLM:
             children=config.shape.children,
             eos_ids=self.model.eos_ids,
         )
+
+
+def _detokenizer(tokenizer: Tokenizer, request: Request) -> IncrementalDetokenizer:
+    return IncrementalDetokenizer(tokenizer, request.params.skip_special_tokens)
 
 
 def _close(workers: RemoteDrafters | None) -> None:
