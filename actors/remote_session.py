@@ -81,7 +81,7 @@ class RemoteSession:
         self._replica = Replica(self.tree, self._text, self._vocab_size)
         request, now = self._request, self._clock()
         self._unseen_since = now
-        self.round = Round(began=now, allowed=self.steps_after_commit)
+        self.round = Round(began=now, allowed=self.steps_after_commit, opening=True)
         self._send(
             Open(
                 session=self.number,

@@ -227,7 +227,7 @@ def measured_costs(llms: dict[str, LLM], ways: dict[str, Way]) -> Costs:
     between = between_forwards(plain)
     return Costs(
         acceptance=(1.0,),  # of no use: the texts say what the drafter guesses where
-        target=tuple(engine.costs.step_cost.curve(engine.shape.num_speculative_tokens + 1)),
+        target=tuple(engine.costs.step_cost.curve(engine.shape.num_speculative_tokens + 1).tolist()),
         draft=(drafted.stats.draft_seconds / drafted.stats.draft_steps,),
         round_trip=serial.round_trip or 0.0,
         target_overhead=between,

@@ -116,9 +116,17 @@ class Simulated:
 
 
 def simulate(
-    costs: Costs, pipeline: str | None, *, shape: TreeShape, tokens: int, seed: int = 0
+    costs: Costs,
+    pipeline: str | None,
+    *,
+    shape: TreeShape,
+    tokens: int,
+    seed: int = 0,
+    text: "Text | None" = None,
 ) -> Simulated:
     """One request of so many tokens; ``pipeline`` None is plain decoding.
+
+    text: a measured one, in place of one drawn from the costs' acceptance.
 
     Raises:
         InvalidConfigError: the pipeline is unknown, or so many tokens cannot be simulated.
@@ -130,7 +138,7 @@ def simulate(
         raise InvalidConfigError(f"tokens must be from 1 to {MAX_TOKENS}, not {tokens}")
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, seed=seed)
     world = VirtualClock()
-    text = draw_text(costs, tokens, seed)
+    text = text or draw_text(costs, tokens, seed)
     overhead = costs.target_overhead + (costs.speculation_overhead if pipeline else 0.0)
     step_cost = StepCostModel(costs.target)
     runner = _Runner(world, text, step_cost.curve(shape.num_speculative_tokens + 1), overhead)

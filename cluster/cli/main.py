@@ -29,6 +29,8 @@ USAGE_ERRORS = (InvalidConfigError, InvalidRequestError, ModelNotFoundError, Voc
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; no argv means the process's own."""
     words = sys.argv[1:] if argv is None else list(argv)
+    # gRPC notes on standard error whatever ends a connection; what matters of it is told in our words.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         return _guarded(words)
     except KeyboardInterrupt:

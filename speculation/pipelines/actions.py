@@ -33,6 +33,7 @@ class Round:
 
     began: when the commit was sent. ended: when the drafter said that it had taken all its
     steps; None before. allowed: its steps. steps, seconds: its draft steps and their duration.
+    opening: it began with the whole text, which the drafter had to take in first.
     """
 
     began: float
@@ -40,6 +41,7 @@ class Round:
     ended: float | None = None
     steps: int = 0
     seconds: float = 0.0
+    opening: bool = False
 
 
 class RemoteDraft(Protocol):

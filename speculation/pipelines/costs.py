@@ -75,6 +75,8 @@ class CostEstimates:
         self._depth_hits += FORGETTING * (FIRST_HIT_PROBABILITY - self._depth_hits)
         if self.draft_seconds is not None:
             self.draft_seconds *= 1 - FORGETTING
+        if self.round_trip is not None:
+            self.round_trip *= 1 - FORGETTING
 
 
 def _updated(known: float | None, seconds: float) -> float:

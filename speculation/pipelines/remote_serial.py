@@ -76,7 +76,7 @@ class RemoteSerialPipeline:
         self._judged = current.began
         if not current.allowed:
             self.costs.forget_a_little()
-        elif current.ended is not None and current.steps:
+        elif current.ended is not None and current.steps and not current.opening:
             self.costs.observe_draft_step(current.seconds / current.steps)
             self.costs.observe_round_trip(max(0.0, current.ended - current.began - current.seconds))
 

@@ -12,18 +12,18 @@ from outrider.cluster.launcher import LocalWorkers
 
 PROMPTS = ["def fibonacci(n):", "import os\n", "class Node:\n    def __init__(self"]
 KINDS = {
-    "greedy": SamplingParams(temperature=0, max_tokens=20),
-    "top-p": SamplingParams(temperature=0.7, top_p=0.9, seed=1, max_tokens=20),
-    "seeded": SamplingParams(temperature=1.0, seed=2, max_tokens=20),
+    "greedy": SamplingParams(temperature=0, max_tokens=14),
+    "top-p": SamplingParams(temperature=0.7, top_p=0.9, seed=1, max_tokens=14),
+    "seeded": SamplingParams(temperature=1.0, seed=2, max_tokens=14),
     "penalties": SamplingParams(
         temperature=0.5,
         repetition_penalty=1.2,
         presence_penalty=0.3,
         frequency_penalty=0.2,
         seed=3,
-        max_tokens=20,
+        max_tokens=14,
     ),
-    "n": SamplingParams(n=2, temperature=0.8, seed=4, max_tokens=20),
+    "n": SamplingParams(n=2, temperature=0.8, seed=4, max_tokens=14),
 }
 Ids = list[list[int]]
 

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from instruments.processes import accepted, children, complete, open_files, runs, until
@@ -146,7 +148,10 @@ def test_a_second_run_beside_the_first_and_a_worker_that_dies_is_told_once() -> 
     with generating(*LONG, "--max-tokens", "30") as (first, screen):
         assert os.read(screen, 1)
         words = [*COMMAND, "--threads", "1", "--prompt", "import os", "--max-tokens", "5"]
+        # It exists, with its worker and port, but leaves the cores to the second.
+        first.send_signal(signal.SIGSTOP)
         second = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        first.send_signal(signal.SIGCONT)
         assert (second.returncode, second.stderr) == (0, "")
         assert second.stdout
         (worker,) = children(first.pid)
@@ -179,11 +184,17 @@ def _drain(screen: int) -> None:
 def test_an_interrupted_start_leaves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A running timer would keep the process alive for two minutes."""
 
-    def interrupt(*_: object) -> None:
+    def interrupt() -> None:
         raise KeyboardInterrupt
 
+    class Interrupted(subprocess.Popen[str]):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            assert self.stdout is not None
+            self.stdout = cast(Any, SimpleNamespace(readline=interrupt, close=self.stdout.close))
+
     before = set(threading.enumerate())
-    monkeypatch.setattr(launcher.json, "loads", interrupt)
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
     with pytest.raises(KeyboardInterrupt):
-        LocalWorkers(1, [])
+        LocalWorkers(1, ["--threads", "0"])
     assert not [each for each in threading.enumerate() if each not in before and not each.daemon]
