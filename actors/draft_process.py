@@ -1,6 +1,7 @@
 """A draft worker as a process: the network's loop on one thread, drafting on the other."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ from outrider.actors.grpc_server import DraftServer, Peer
 from outrider.actors.io_thread import IoThread
 from outrider.actors.security import Security
 from outrider.speculation.replication.messages import Hello, TargetMessage, Welcome
+from outrider.speculation.statistics import WorkerStatistics
 
 GRACE_SECONDS = 0.2
 MAX_WAITING = 1 << 16
@@ -45,7 +47,7 @@ class DraftProcess:
             raise
         self.address = f"{f'[{host}]' if ':' in host else host}:{self._server.port}"
 
-    def run(self) -> None:
+    def run(self) -> WorkerStatistics:
         """Drafts until ``stop``; commits are heeded between two steps."""
         try:
             while not self._stopped:
@@ -55,6 +57,8 @@ class DraftProcess:
         finally:
             self._io.run(self._server.stop(GRACE_SECONDS))
             self._io.close()
+        self._worker.statistics.ended_at = time.perf_counter()
+        return self._worker.statistics
 
     def stop(self) -> None:
         """Makes ``run`` return after the step at hand; safe in a signal handler."""
@@ -85,8 +89,10 @@ class DraftProcess:
             self._events.popleft()()
 
     def _wait(self) -> None:
+        began = time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: self._events or self._stopped)
+        self._worker.slept(time.perf_counter() - began)
 
     def _notify(self) -> None:
         with self._changed:

@@ -28,6 +28,7 @@ from outrider.speculation.replication.messages import (
 from outrider.speculation.replication.publisher import Publisher
 from outrider.speculation.replication.replica import GapError
 from outrider.speculation.sampling_params import SamplingParams
+from outrider.speculation.statistics import WorkerStatistics
 from outrider.speculation.types import IntArray
 
 MAX_STEP_NODES = 16
@@ -114,12 +115,18 @@ class _Session:
             root_rows=self.growing.root_rows,
         )
 
-    def follow(self, commit: Commit, now: float) -> None:
+    def follow(self, commit: Commit, now: float, statistics: WorkerStatistics) -> None:
         self.last_heard = now
-        if self.publisher.accepts(commit):
-            self.growing.commit(commit.tokens)
-            self.steps_left = commit.steps
-            self.reported = False
+        if not self.publisher.accepts(commit):
+            statistics.duplicate_commits += 1
+            return
+        had_tree = len(self.growing.tree) > 0
+        survived = self.growing.commit(commit.tokens).survived
+        statistics.commits += 1
+        statistics.reroot_hits += had_tree and survived
+        statistics.reroot_misses += had_tree and not survived
+        self.steps_left = commit.steps
+        self.reported = False
 
 
 @dataclass(slots=True)
@@ -149,8 +156,11 @@ class DraftWorker:
     ) -> None:
         self._engine, self._clock, self._max_step_nodes = engine, clock, max_step_nodes
         self._targets: dict[TargetPeer, _Target] = {}
-        self.draft_steps = 0
-        self.draft_seconds = 0.0
+        self.statistics = WorkerStatistics(began_at=clock())
+
+    def slept(self, seconds: float) -> None:
+        """Notes that there was nothing to do for so long."""
+        self.statistics.idle_seconds += seconds
 
     @property
     def num_sessions(self) -> int:
@@ -198,8 +208,9 @@ class DraftWorker:
         began = self._clock()
         self._engine.grow([(session.growing, slots) for session, slots in plan])
         now = self._clock()
-        self.draft_steps += 1
-        self.draft_seconds += now - began
+        self.statistics.draft_steps += 1
+        self.statistics.draft_rows += int(rows.sum())
+        self.statistics.draft_seconds += now - began
         for (session, _), count in zip(plan, rows.tolist(), strict=True):
             session.draft_steps += 1
             session.draft_rows += count
@@ -230,6 +241,8 @@ class DraftWorker:
         if final or len(growths[0].tokens):
             session.draft_steps, session.draft_rows, session.draft_seconds = 0, 0, 0.0
             for growth in growths:
+                self.statistics.growth_messages += 1
+                self.statistics.growth_nodes += len(growth.tokens)
                 session.peer.send(growth)
 
     def _open(self, peer: TargetPeer, target: _Target, opening: Open) -> None:
@@ -250,6 +263,7 @@ class DraftWorker:
         except OutriderError as error:
             self._lose(peer, target, opening.session, opening.generation, str(error))
             return
+        self.statistics.sessions_opened += 1
         target.sessions[opening.session] = _Session(
             peer=peer,
             publisher=Publisher(opening, growing.tree),
@@ -269,7 +283,7 @@ class DraftWorker:
             self._lose(peer, target, commit.session, commit.generation, reason)
             return
         try:
-            session.follow(commit, self._clock())
+            session.follow(commit, self._clock(), self.statistics)
         except (GapError, OutriderError) as error:
             self._lose(peer, target, commit.session, commit.generation, str(error))
 
@@ -281,6 +295,7 @@ class DraftWorker:
 
     def _lose(self, peer: TargetPeer, target: _Target, session: int, generation: int, reason: str) -> None:
         self._drop(target, session)
+        self.statistics.sessions_lost += 1
         peer.send(Lost(session=session, generation=generation, reason=reason))
 
     def _drop(self, target: _Target, number: int) -> None:

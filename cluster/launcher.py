@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from outrider.actors.security import Security
 from outrider.cluster.cluster_security import TOKEN_VARIABLE
@@ -65,6 +66,8 @@ class LocalWorkers:
         self.security = Security(token=secrets.token_hex(16))
         self._arguments = list(arguments)
         self._workers: list[_Worker] = []
+        self.statistics: list[dict[str, Any]] = []
+        """After ``close``: what each worker that ended in good order says it did."""
         try:
             for index in range(count):
                 self._workers.append(self._start(index, 0))
@@ -117,6 +120,7 @@ class LocalWorkers:
                 worker.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 worker.process.kill()
+            self.statistics += _last_words(worker)
             _finish(worker)
         self._workers = []
 
@@ -171,6 +175,13 @@ def _announced_address(worker: _Worker) -> str:
     if late.is_set():
         raise WorkerError(f"a draft worker did not start within {START_SECONDS:g} s")
     raise WorkerError(f"a draft worker {worker.end}")
+
+
+def _last_words(worker: _Worker) -> list[dict[str, Any]]:
+    """The statistics that a worker prints when it ends."""
+    assert worker.process.stdout is not None
+    lines = [json.loads(line) for line in worker.process.stdout.read().splitlines()]
+    return [line["statistics"] for line in lines if "statistics" in line]
 
 
 def _finish(worker: _Worker) -> None:

@@ -157,3 +157,32 @@ class SpeculationStatistics:
 
 def _added(left: Sequence[int], right: Sequence[int]) -> list[int]:
     return [a + b for a, b in zip_longest(left, right, fillvalue=0)]
+
+
+@dataclass(kw_only=True)
+class WorkerStatistics:
+    """Mutable counts of one draft worker.
+
+    began_at: on its monotonic clock, as ``Growth.sent_at``; ended_at: at the last look.
+    draft_steps, draft_rows, draft_seconds: forwards, their rows, and their duration.
+    idle_seconds: waited because there was nothing to draft, the worker's bubbles.
+    sessions_opened, sessions_lost: generations, and those that it could not follow.
+    commits, duplicate_commits: heeded, and known already.
+    reroot_hits, reroot_misses: commits that kept, or lost, a tree.
+    growth_messages, growth_nodes: sent.
+    """
+
+    began_at: float
+    ended_at: float = 0.0
+    draft_steps: int = 0
+    draft_rows: int = 0
+    draft_seconds: float = 0.0
+    idle_seconds: float = 0.0
+    sessions_opened: int = 0
+    sessions_lost: int = 0
+    commits: int = 0
+    duplicate_commits: int = 0
+    reroot_hits: int = 0
+    reroot_misses: int = 0
+    growth_messages: int = 0
+    growth_nodes: int = 0

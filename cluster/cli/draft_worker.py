@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+from dataclasses import asdict
 from typing import Any
 
 from outrider.cluster.cli.arguments import Commands, integer
@@ -16,8 +17,9 @@ SUMMARY = "serve a draft model to targets in other processes"
 DESCRIPTION = """\
 Drafts for every target that connects, until SIGTERM or Ctrl-C.
 
-Prints one line of JSON with the address once it listens. Beyond this machine the environment
-variable OUTRIDER_CLUSTER_TOKEN must hold a token, the same one as the targets'.
+Prints one line of JSON with the address once it listens, and one with its statistics when it
+ends. Beyond this machine the environment variable OUTRIDER_CLUSTER_TOKEN must hold a token, the
+same one as the targets'.
 """
 
 EXAMPLES = """\
@@ -95,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     _stop_on_signals(process)
     print(json.dumps({"address": process.address}), flush=True)
-    process.run()
+    print(json.dumps({"statistics": asdict(process.run())}), flush=True)
     return 0
 
 

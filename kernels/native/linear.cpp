@@ -197,30 +197,399 @@ INLINE void store(const Job& job, size_t group, size_t row, size_t rows, float* 
     }
 }
 
-// Splits rows into blocks of like size, at most MOST, and runs `block<R>` on each.
-template <int MOST, template <int> class Block>
-INLINE void for_row_blocks(const Job& job, size_t group) {
-    size_t blocks = (job.rows + MOST - 1) / MOST;
-    for (size_t i = 0, row = 0; i < blocks; i++) {
-        size_t count = (job.rows - row + blocks - i - 1) / (blocks - i);
-        Block<MOST>::run(job, group, row, count);
-        row += count;
+
+// Computes rows [row, row + R) of one group, R being the block's own.
+using Block = void (*)(const Job&, size_t group, size_t row);
+
+// Splits the rows into blocks of like size, at most MOST; blocks[n - 1] computes n of them.
+template <size_t MOST, const Block (&BLOCKS)[MOST]>
+static void by_blocks(const Job& job, size_t first, size_t last) {
+    for (size_t g = first; g < last; g++) {
+        size_t left = (job.rows + MOST - 1) / MOST;
+        for (size_t row = 0; row < job.rows; left--) {
+            size_t count = (job.rows - row + left - 1) / left;
+            BLOCKS[count - 1](job, g, row);
+            row += count;
+        }
     }
 }
 
-// Turns the number of rows of a block, 1 to R, into a template argument.
-#define OUTRIDER_DISPATCH(Name, R)                                                            \
-    template <>                                                                               \
-    struct Name<0> {                                                                          \
-        static void run(const Job&, size_t, size_t, size_t) {}                                \
-    };
+template <class T>
+constexpr size_t TOGETHER = sizeof(T) == 2 ? 2 : 1;  // inputs that lie beside one another
 
-// ---- portable -----------------------------------------------------------------------------
+// ---- portable: the compiler's vectors -------------------------------------------------------
+
+INLINE void multiply(const float* w, const float* x, float* sums) {
+    for (size_t j = 0; j < WIDTH; j++) sums[j] += w[j] * x[0];
+}
+
+INLINE void multiply(const uint16_t* w, const float* x, float* sums) {
+    for (size_t j = 0; j < WIDTH; j++) sums[j] += to_float(w[2 * j]) * x[0];
+    for (size_t j = 0; j < WIDTH; j++) sums[j] += to_float(w[2 * j + 1]) * x[1];
+}
+
+template <class T, size_t R>
+static void portable_block(const Job& job, size_t group, size_t row) {
+    const T* w = reinterpret_cast<const T*>(job.weights->group(group));
+    const float* x = static_cast<const float*>(job.x) + row * job.stride;
+    float sums[R * WIDTH] = {};
+    for (size_t start = 0; start < job.weights->padded; start += CHUNK) {
+        float chunk[R * WIDTH] = {};
+        size_t end = std::min(start + CHUNK, job.weights->padded);
+        for (size_t k = start; k < end; k += TOGETHER<T>)
+            for (size_t r = 0; r < R; r++) multiply(w + k * WIDTH, x + r * job.stride + k, chunk + r * WIDTH);
+        for (size_t j = 0; j < R * WIDTH; j++) sums[j] += chunk[j];
+    }
+    store<T>(job, group, row, R, sums);
+}
 
 template <class T>
-INLINE void load_weights(const T* from, float (&even)[WIDTH], float (&odd)[WIDTH]);
+constexpr Block PORTABLE[] = {portable_block<T, 1>, portable_block<T, 2>, portable_block<T, 3>, portable_block<T, 4>};
+
+#if OUTRIDER_X86
+// ---- AVX2 -----------------------------------------------------------------------------------
+
+#define AVX2 __attribute__((target("avx2,fma")))
+
+template <class T, size_t R>
+AVX2 static void avx2_block(const Job& job, size_t group, size_t row) {
+    const T* w = reinterpret_cast<const T*>(job.weights->group(group));
+    const float* x = static_cast<const float*>(job.x) + row * job.stride;
+    alignas(32) float sums[R * WIDTH] = {};
+    const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+    for (size_t start = 0; start < job.weights->padded; start += CHUNK) {
+        __m256 chunk[R][4];
+        for (auto& of_row : chunk)
+            for (auto& part : of_row) part = _mm256_setzero_ps();
+        size_t end = std::min(start + CHUNK, job.weights->padded);
+        for (size_t k = start; k < end; k += TOGETHER<T>) {
+            const char* line = reinterpret_cast<const char*>(w + k * WIDTH);
+            _mm_prefetch(line + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(line + AHEAD + 64, _MM_HINT_T0);
+#pragma GCC unroll 4
+            for (size_t i = 0; i < 4; i++) {
+                if constexpr (sizeof(T) == 4) {
+                    __m256 weights = _mm256_loadu_ps(w + k * WIDTH + i * 8);
+#pragma GCC unroll 4
+                    for (size_t r = 0; r < R; r++)
+                        chunk[r][i] = _mm256_fmadd_ps(weights, _mm256_set1_ps(x[r * job.stride + k]), chunk[r][i]);
+                } else {
+                    __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + i);
+                    __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+                    __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, upper));
+#pragma GCC unroll 4
+                    for (size_t r = 0; r < R; r++) {
+                        const float* at = x + r * job.stride + k;
+                        chunk[r][i] = _mm256_fmadd_ps(even, _mm256_set1_ps(at[0]), chunk[r][i]);
+                        chunk[r][i] = _mm256_fmadd_ps(odd, _mm256_set1_ps(at[1]), chunk[r][i]);
+                    }
+                }
+            }
+        }
+        for (size_t r = 0; r < R; r++)
+            for (size_t i = 0; i < 4; i++) {
+                float* sum = sums + r * WIDTH + i * 8;
+                _mm256_store_ps(sum, _mm256_add_ps(_mm256_load_ps(sum), chunk[r][i]));
+            }
+    }
+    store<T>(job, group, row, R, sums);
+}
 
 template <class T>
-static void portable(const Job& job, size_t first, size_t last);
+constexpr Block BY_AVX2[] = {avx2_block<T, 1>, avx2_block<T, 2>, avx2_block<T, 3>};
+
+// ---- AVX-512 --------------------------------------------------------------------------------
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
+
+template <class T, size_t R>
+AVX512 static void avx512_block(const Job& job, size_t group, size_t row) {
+    const T* w = reinterpret_cast<const T*>(job.weights->group(group));
+    const float* x = static_cast<const float*>(job.x) + row * job.stride;
+    alignas(64) float sums[R * WIDTH] = {};
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+    for (size_t start = 0; start < job.weights->padded; start += CHUNK) {
+        __m512 chunk[R][2];
+        for (auto& of_row : chunk) of_row[0] = of_row[1] = _mm512_setzero_ps();
+        size_t end = std::min(start + CHUNK, job.weights->padded);
+        for (size_t k = start; k < end; k += TOGETHER<T>) {
+            const char* line = reinterpret_cast<const char*>(w + k * WIDTH);
+            _mm_prefetch(line + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(line + AHEAD + 64, _MM_HINT_T0);
+            if constexpr (sizeof(T) == 4) {
+                __m512 left = _mm512_load_ps(line), right = _mm512_load_ps(line + 64);
+#pragma GCC unroll 12
+                for (size_t r = 0; r < R; r++) {
+                    __m512 value = _mm512_set1_ps(x[r * job.stride + k]);
+                    chunk[r][0] = _mm512_fmadd_ps(left, value, chunk[r][0]);
+                    chunk[r][1] = _mm512_fmadd_ps(right, value, chunk[r][1]);
+                }
+            } else {
+                __m512i left = _mm512_load_si512(line), right = _mm512_load_si512(line + 64);
+                __m512 left_even = _mm512_castsi512_ps(_mm512_slli_epi32(left, 16));
+                __m512 left_odd = _mm512_castsi512_ps(_mm512_and_si512(left, upper));
+                __m512 right_even = _mm512_castsi512_ps(_mm512_slli_epi32(right, 16));
+                __m512 right_odd = _mm512_castsi512_ps(_mm512_and_si512(right, upper));
+#pragma GCC unroll 12
+                for (size_t r = 0; r < R; r++) {
+                    const float* at = x + r * job.stride + k;
+                    __m512 even = _mm512_set1_ps(at[0]), odd = _mm512_set1_ps(at[1]);
+                    chunk[r][0] = _mm512_fmadd_ps(left_even, even, chunk[r][0]);
+                    chunk[r][1] = _mm512_fmadd_ps(right_even, even, chunk[r][1]);
+                    chunk[r][0] = _mm512_fmadd_ps(left_odd, odd, chunk[r][0]);
+                    chunk[r][1] = _mm512_fmadd_ps(right_odd, odd, chunk[r][1]);
+                }
+            }
+        }
+        for (size_t r = 0; r < R; r++)
+            for (size_t i = 0; i < 2; i++) {
+                float* sum = sums + r * WIDTH + i * 16;
+                _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), chunk[r][i]));
+            }
+    }
+    store<T>(job, group, row, R, sums);
+}
+
+#define TWELVE(block)                                                                          \
+    {                                                                                          \
+        block(1), block(2), block(3), block(4), block(5), block(6), block(7), block(8), block(9), \
+            block(10), block(11), block(12)                                                    \
+    }
+
+#define AVX512_BLOCK(R) avx512_block<T, R>
+template <class T>
+constexpr Block BY_AVX512[] = TWELVE(AVX512_BLOCK);
+
+// ---- AVX-512 BF16: two products of bfloat16 per lane ----------------------------------------
+
+#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+
+template <size_t R>
+AVX512_BF16 static void bf16_block(const Job& job, size_t group, size_t row) {
+    const char* line = job.weights->group(group);
+    const uint16_t* x = static_cast<const uint16_t*>(job.x) + row * job.stride;
+    __m512 total[R][2];
+    for (auto& of_row : total) of_row[0] = of_row[1] = _mm512_setzero_ps();
+    for (size_t k = 0; k < job.weights->padded; k += 2, line += 128) {
+        _mm_prefetch(line + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(line + AHEAD + 64, _MM_HINT_T0);
+        __m512bh left = (__m512bh)_mm512_load_si512(line), right = (__m512bh)_mm512_load_si512(line + 64);
+#pragma GCC unroll 12
+        for (size_t r = 0; r < R; r++) {
+            int pair;
+            std::memcpy(&pair, x + r * job.stride + k, 4);
+            __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+            total[r][0] = _mm512_dpbf16_ps(total[r][0], left, value);
+            total[r][1] = _mm512_dpbf16_ps(total[r][1], right, value);
+        }
+    }
+    alignas(64) float sums[R * WIDTH];
+#pragma GCC unroll 12
+    for (size_t r = 0; r < R; r++) {
+        _mm512_store_ps(sums + r * WIDTH, total[r][0]);
+        _mm512_store_ps(sums + r * WIDTH + 16, total[r][1]);
+    }
+    store<uint16_t>(job, group, row, R, sums);
+}
+
+#define BF16_BLOCK(R) bf16_block<R>
+constexpr Block BY_BF16[] = TWELVE(BF16_BLOCK);
+#endif
+
+#if OUTRIDER_AMX
+// ---- AMX: up to 32 rows against 32 outputs and 32 inputs at once ----------------------------
+
+#define AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq")))
+
+struct alignas(64) TileConfig {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+};
+
+// Tiles 0 to 3: sums of (upper, lower) rows and (left, right) outputs; 4, 5: x; 6, 7: weights.
+// Every element of a sum takes the products of a tile in one order, however many rows it has.
+template <bool LOWER>
+AMX static void amx_pass(const Weights& weights, size_t group, const uint16_t* x, size_t stride, float* sums) {
+    const char* w = weights.group(group);
+    const long x_bytes = static_cast<long>(stride * 2), w_bytes = WIDTH * 4;
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (LOWER) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (size_t k = 0; k < weights.padded; k += STEP, w += STEP * WIDTH * 2) {
+#pragma GCC unroll 32
+        for (size_t line = 0; line < STEP * WIDTH * 2; line += 64) _mm_prefetch(w + AHEAD + line, _MM_HINT_T0);
+        _tile_loadd(6, w, w_bytes);
+        _tile_loadd(4, x + k, x_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, w + 64, w_bytes);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (LOWER) {
+            _tile_loadd(5, x + k + 16 * stride, x_bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, w_bytes);
+    _tile_stored(1, sums + 16, w_bytes);
+    if constexpr (LOWER) {
+        _tile_stored(2, sums + 16 * WIDTH, w_bytes);
+        _tile_stored(3, sums + 16 * WIDTH + 16, w_bytes);
+    }
+}
+
+AMX static void by_amx(const Job& job, size_t first, size_t last) {
+    size_t passes = (job.rows + 31) / 32, count = (job.rows + passes - 1) / passes;
+    size_t upper = std::min<size_t>(count, 16), lower = count - upper;
+    TileConfig config = {};
+    config.palette = 1;
+    for (int tile = 0; tile < 8; tile++) {
+        config.row_bytes[tile] = 64;
+        bool of_lower = tile == 2 || tile == 3 || tile == 5;
+        config.rows[tile] = static_cast<uint8_t>(tile >= 6 ? 16 : of_lower ? std::max<size_t>(lower, 1) : upper);
+    }
+    // The intrinsics do not say what memory they read.
+    asm volatile("" : : "r"(&config), "r"(job.x) : "memory");
+    _tile_loadconfig(&config);
+    alignas(64) float sums[32 * WIDTH];
+    for (size_t g = first; g < last; g++)
+        for (size_t i = 0; i < passes; i++) {
+            // The last pass goes over some rows again rather than have tiles of another size.
+            size_t row = std::min(i * count, job.rows - count);
+            const uint16_t* x = static_cast<const uint16_t*>(job.x) + row * job.stride;
+            if (lower)
+                amx_pass<true>(*job.weights, g, x, job.stride, sums);
+            else
+                amx_pass<false>(*job.weights, g, x, job.stride, sums);
+            asm volatile("" : : "r"(sums) : "memory");
+            store<uint16_t>(job, g, row, count, sums);
+        }
+    _tile_release();
+}
+#endif
+
+// ---- what this processor can do -------------------------------------------------------------
+
+struct Path {
+    const char* name;
+    bool (*usable)();
+    Kernel bfloat16, float32;
+    bool widens;  // the bfloat16 kernel wants x in float32
+};
+
+static bool always() { return true; }
+
+#if OUTRIDER_X86
+static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+static bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && has_avx2();
+}
+
+static bool has_avx512_bf16() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+#endif
+
+#if OUTRIDER_AMX
+static bool has_amx() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if (!(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // AMX-BF16 and AMX-TILE
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // Linux lends tiles on demand only
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}
+#endif
+
+#define KERNEL(blocks) by_blocks<sizeof(blocks) / sizeof(Block), blocks>
+static const Path PATHS[] = {
+#if OUTRIDER_AMX
+    {"amx", has_amx, by_amx, KERNEL(BY_AVX512<float>), false},
+#endif
+#if OUTRIDER_X86
+    {"avx512_bf16", has_avx512_bf16, KERNEL(BY_BF16), KERNEL(BY_AVX512<float>), false},
+    {"avx512", has_avx512, KERNEL(BY_AVX512<uint16_t>), KERNEL(BY_AVX512<float>), true},
+    {"avx2", has_avx2, KERNEL(BY_AVX2<uint16_t>), KERNEL(BY_AVX2<float>), true},
+#endif
+    {"portable", always, KERNEL(PORTABLE<uint16_t>), KERNEL(PORTABLE<float>), true},
+};
+
+// ---- one call -------------------------------------------------------------------------------
+
+struct Shared {
+    const Job* job;
+    Kernel kernel;
+    int (*index)();
+    int (*count)();
+};
+
+static void part(void* shared) {
+    const Shared& s = *static_cast<Shared*>(shared);
+    size_t groups = s.job->weights->groups, i = static_cast<size_t>(s.index()), n = static_cast<size_t>(s.count());
+    s.kernel(*s.job, groups * i / n, groups * (i + 1) / n);
+}
+
+// GNU OpenMP as PyTorch has loaded it, found by name: linked to, it might be loaded twice, and
+// two pools of threads would fight for the processors.
+struct OpenMP {
+    void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
+    int (*index)();
+    int (*count)();
+
+    OpenMP() {
+        find(parallel, "GOMP_parallel");
+        find(index, "omp_get_thread_num");
+        find(count, "omp_get_num_threads");
+    }
+    explicit operator bool() const { return parallel && index && count; }
+    static const OpenMP& get() {
+        static const OpenMP found;
+        return found;
+    }
+
+  private:
+    template <class F>
+    static void find(F& function, const char* name) {
+        function = reinterpret_cast<F>(dlsym(RTLD_DEFAULT, name));
+    }
+};
+
+static void linear(const Path& path, const Weights& w, const void* x, void* y, size_t rows, size_t threads) {
+    if (!rows || !w.outs) return;
+    Job job{&w, x, w.ins, y, rows};
+    static thread_local std::vector<float> floats;
+    static thread_local std::vector<uint16_t> filled;
+    const uint16_t* from = static_cast<const uint16_t*>(x);
+    if (w.kind == Kind::bfloat16 && path.widens) {
+        floats.assign(rows * w.padded, 0.0f);
+        for (size_t r = 0; r < rows; r++)
+            for (size_t k = 0; k < w.ins; k++) floats[r * w.padded + k] = to_float(from[r * w.ins + k]);
+        job.x = floats.data();
+        job.stride = w.padded;
+    } else if (w.kind == Kind::bfloat16 && w.ins != w.padded) {
+        filled.assign(rows * w.padded, 0);
+        for (size_t r = 0; r < rows; r++) std::copy_n(from + r * w.ins, w.ins, filled.data() + r * w.padded);
+        job.x = filled.data();
+        job.stride = w.padded;
+    }
+    Kernel kernel = w.kind == Kind::bfloat16 ? path.bfloat16 : path.float32;
+    threads = std::min({threads, w.groups, 1 + w.bytes() / THREAD_WORK});
+    if (threads > 1 && OpenMP::get()) {
+        const OpenMP& openmp = OpenMP::get();
+        Shared shared{&job, kernel, openmp.index, openmp.count};
+        openmp.parallel(part, &shared, static_cast<unsigned>(threads), 0);
+    } else {
+        kernel(job, 0, w.groups);
+    }
+}
 
 }  // namespace outrider
+
+#ifndef OUTRIDER_WITHOUT_PYTHON
+#include "binding.hpp"
+#endif

@@ -46,6 +46,12 @@ def test_closing_leaves_nothing_and_decodes_plainly() -> None:
         unfinished = llm.stream("import os\n", PARAMS)
         begun = next(unfinished).token_ids
     llm.close()
+    # Both sides counted the same work.
+    sides = llm.workers.local.statistics
+    assert len(sides) == 2
+    assert sum(side["sessions_opened"] for side in sides) == 4
+    assert sum(side["growth_nodes"] for side in sides) >= accepted(drafted).growth_nodes > 0
+    assert all(side["began_at"] < side["ended_at"] for side in sides)
     assert not any(runs(pid) for pid in pids)
     assert children(os.getpid()) == before
     assert not any(_listens(address) for address in addresses)
@@ -191,7 +197,9 @@ def test_an_interrupted_start_leaves_no_timer(monkeypatch: pytest.MonkeyPatch) -
         def __init__(self, *arguments: Any, **settings: Any) -> None:
             super().__init__(*arguments, **settings)
             assert self.stdout is not None
-            self.stdout = cast(Any, SimpleNamespace(readline=interrupt, close=self.stdout.close))
+            self.stdout = cast(
+                Any, SimpleNamespace(readline=interrupt, read=self.stdout.read, close=self.stdout.close)
+            )
 
     before = set(threading.enumerate())
     monkeypatch.setattr(subprocess, "Popen", Interrupted)

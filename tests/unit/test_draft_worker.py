@@ -300,4 +300,4 @@ def test_one_step_serves_all_sessions_by_score(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(bench.engine, "grow", counted)
     bench.steps(10)
     assert max(sizes) <= draft_worker.MAX_STEP_NODES
-    assert bench.worker.draft_steps == 11
+    assert bench.worker.statistics.draft_steps == 11

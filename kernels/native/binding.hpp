@@ -1,0 +1,140 @@
+// The Python module: packed weights that are called with addresses, to keep a call below a microsecond.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+namespace {
+
+using outrider::Path;
+using outrider::PATHS;
+
+std::atomic<const Path*> selected{nullptr};
+
+struct PackedObject {
+    PyObject_HEAD
+    vectorcallfunc call;
+    outrider::Weights* weights;
+};
+
+// One argument as an address or a size; negative numbers are refused by Python itself.
+bool read(PyObject* from, size_t& into) {
+    into = PyLong_AsSize_t(from);
+    return !(into == static_cast<size_t>(-1) && PyErr_Occurred());
+}
+
+template <size_t N>
+bool read_all(PyObject* const* args, Py_ssize_t given, size_t (&into)[N]) {
+    if (given != static_cast<Py_ssize_t>(N)) {
+        PyErr_Format(PyExc_TypeError, "%zu arguments expected, %zd given", N, given);
+        return false;
+    }
+    for (size_t i = 0; i < N; i++)
+        if (!read(args[i], into[i])) return false;
+    return true;
+}
+
+PyObject* packed_call(PyObject* self, PyObject* const* args, size_t nargs, PyObject*) {
+    size_t a[4];  // x, y, rows, threads
+    if (!read_all(args, PyVectorcall_NARGS(nargs), a)) return nullptr;
+    const outrider::Weights& weights = *reinterpret_cast<PackedObject*>(self)->weights;
+    const Path& path = *selected.load();
+    bool enough = true;
+    Py_BEGIN_ALLOW_THREADS
+    try {
+        outrider::linear(path, weights, reinterpret_cast<const void*>(a[0]), reinterpret_cast<void*>(a[1]), a[2], a[3]);
+    } catch (const std::bad_alloc&) {
+        enough = false;
+    }
+    Py_END_ALLOW_THREADS
+    if (!enough) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+PyObject* packed_new(PyTypeObject* type, PyObject* args, PyObject*) {
+    size_t a[5];  // weights, kind, outs, ins, bias or 0
+    if (!read_all(&PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), a)) return nullptr;
+    if (a[1] > 1) return PyErr_Format(PyExc_ValueError, "unknown kind %zu", a[1]);
+    PyObject* object = type->tp_alloc(type, 0);
+    if (!object) return nullptr;
+    auto* packed = reinterpret_cast<PackedObject*>(object);
+    packed->call = packed_call;
+    Py_BEGIN_ALLOW_THREADS
+    try {
+        packed->weights = new outrider::Weights(static_cast<outrider::Kind>(a[1]), reinterpret_cast<const void*>(a[0]),
+                                                a[2], a[3], reinterpret_cast<const float*>(a[4]));
+    } catch (const std::bad_alloc&) {
+    }
+    Py_END_ALLOW_THREADS
+    if (packed->weights) return object;
+    Py_DECREF(object);
+    return PyErr_NoMemory();
+}
+
+void packed_dealloc(PyObject* self) {
+    delete reinterpret_cast<PackedObject*>(self)->weights;
+    Py_TYPE(self)->tp_free(self);
+}
+
+PyTypeObject packed_type = [] {
+    PyTypeObject type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+    type.tp_name = "outrider.kernels.native._linear.Packed";
+    type.tp_doc = "Packed(weights, kind, outs, ins, bias): weights in the kernels' layout; called as (x, y, rows, threads).";
+    type.tp_basicsize = sizeof(PackedObject);
+    type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
+    type.tp_new = packed_new;
+    type.tp_dealloc = packed_dealloc;
+    type.tp_call = PyVectorcall_Call;
+    type.tp_vectorcall_offset = offsetof(PackedObject, call);
+    return type;
+}();
+
+PyObject* paths(PyObject*, PyObject*) {
+    PyObject* names = PyList_New(0);
+    for (const Path& path : PATHS)
+        if (names && path.usable()) {
+            PyObject* name = PyUnicode_FromString(path.name);
+            if (!name || PyList_Append(names, name)) Py_CLEAR(names);
+            Py_XDECREF(name);
+        }
+    return names;
+}
+
+PyObject* select_path(PyObject*, PyObject* name) {
+    const char* wanted = PyUnicode_AsUTF8(name);
+    if (!wanted) return nullptr;
+    for (const Path& path : PATHS)
+        if (!std::strcmp(path.name, wanted) && path.usable()) {
+            selected = &path;
+            Py_RETURN_NONE;
+        }
+    return PyErr_Format(PyExc_ValueError, "this processor has no path %s", wanted);
+}
+
+PyObject* selected_path(PyObject*, PyObject*) { return PyUnicode_FromString(selected.load()->name); }
+
+PyObject* threaded(PyObject*, PyObject*) { return PyBool_FromLong(static_cast<bool>(outrider::OpenMP::get())); }
+
+PyMethodDef methods[] = {
+    {"paths", paths, METH_NOARGS, "Names of the instruction sets that this processor has, fastest first."},
+    {"select", select_path, METH_O, "Computes with this instruction set from now on."},
+    {"selected", selected_path, METH_NOARGS, "The instruction set in use."},
+    {"threaded", threaded, METH_NOARGS, "Whether an OpenMP runtime was found; without one a call is not split."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_linear", "Linear layers for few rows.", -1, methods,
+                      nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__linear(void) {
+    for (const Path& path : PATHS)
+        if (path.usable()) {
+            selected = &path;
+            break;
+        }
+    if (PyType_Ready(&packed_type)) return nullptr;
+    PyObject* created = PyModule_Create(&module);
+    if (created && PyModule_AddObjectRef(created, "Packed", reinterpret_cast<PyObject*>(&packed_type))) Py_CLEAR(created);
+    return created;
+}
