@@ -31,12 +31,12 @@ from outrider.models.demo import corpus, pair
 from outrider.models.inflate import parse_count
 from outrider.models.loader import load_model
 from outrider.models.numerics import Numerics
+from outrider.speculation.calibration import RankCalibration
 from outrider.speculation.sampling import LogitProcessor, TokenChooser, perturb
 from outrider.speculation.statistics import SpeculationStatistics
 from outrider.speculation.tree import DraftTree
 from outrider.speculation.types import FloatArray, IntArray
 
-TEMPERATURES = (0.0, 0.7, 1.0)
 PIPELINES = ("parallel", "serial")
 WARM_UP = 2
 CONTEXT = 1024
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prompts", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7, 1.0])
     args = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     result = {}
@@ -70,7 +71,7 @@ def main() -> None:
         torch.set_num_threads(1)
         llms = {name: drafted(target, name, args, cores[-1]) for name in PIPELINES}
         try:
-            for temperature in TEMPERATURES:
+            for temperature in args.temperatures:
                 figures = compare(llms, every_core, temperature, args)
                 result[str(temperature)] = figures
                 print(f"T={temperature}: {figures}", flush=True)
@@ -202,23 +203,44 @@ def predict(
         drafter_text(llms["parallel"], args.draft, prompt, ids, temperature, WARM_UP + index)
         for index, (prompt, ids) in enumerate(zip(prompts, ways["plain"].texts, strict=True))
     ]
+    texts = calibrated(texts)
     shape = llms["parallel"].engine.shape
-    seconds = {
-        name: sum(
-            simulate(costs, name, shape=shape, tokens=len(ids), text=text).seconds
-            for text, ids in zip(texts, ways["plain"].texts, strict=True)
-        )
+    runs = {
+        name: [simulate(costs, name, shape=shape, tokens=len(text.truth), text=text) for text in texts]
         for name in (None, *PIPELINES)
     }
-    plain = seconds[None]
+    seconds = {name: sum(run.seconds for run in each) for name, each in runs.items()}
+    total = SpeculationStatistics()
+    for run in runs["parallel"]:
+        total.merge(run.stats)
     return {
-        **{name: round(plain / seconds[name], 3) for name in PIPELINES},
+        **{name: round(seconds[None] / seconds[name], 3) for name in PIPELINES},
+        "parallel_mean_acceptance_length": round(total.mean_acceptance_length, 3),
+        "parallel_tokens_per_target_step": round(total.num_output_tokens / total.target_steps, 3),
+        "parallel_rows_per_target_step": round(total.target_rows / total.target_steps, 2),
         "T_target_ms": [round(1e3 * each, 3) for each in costs.target],
         "T_draft_ms": round(1e3 * costs.draft[0], 3),
         "round_trip_ms": round(1e3 * costs.round_trip, 3),
         "between_forwards_ms": round(1e3 * costs.target_overhead, 3),
         "more_when_speculating_ms": round(1e3 * costs.speculation_overhead, 3),
     }
+
+
+def calibrated(texts: list[Text]) -> list[Text]:
+    """The drafter's beliefs as its calibration corrects them, once it has seen all of this."""
+    calibration = RankCalibration()
+    for text in texts:
+        ranks = np.broadcast_to(np.arange(text.chances.shape[1]), text.chances.shape)
+        calibration.observe(ranks.ravel(), text.chances.ravel(), (ranks == text.truth[:, None]).ravel())
+    return [
+        Text(
+            text.truth,
+            calibration.correct(
+                np.tile(np.arange(text.chances.shape[1]), len(text.chances)), text.chances.ravel()
+            ).reshape(text.chances.shape),
+        )
+        for text in texts
+    ]
 
 
 def measured_costs(llms: dict[str, LLM], ways: dict[str, Way]) -> Costs:

@@ -40,7 +40,7 @@ namespace outrider {
 
 constexpr size_t WIDTH = 32;            // outputs of a group
 constexpr size_t STEP = 32;             // inputs of an AMX tile; bfloat16 inputs are padded to it
-constexpr size_t CHUNK = 32;            // float32 products summed before they join the total
+constexpr size_t CHUNK = 16;            // products summed before they join the total
 constexpr size_t AHEAD = 2048;          // bytes by which weights are prefetched
 constexpr size_t HUGE_PAGE = 2u << 20;
 constexpr size_t ARENA = 32u << 20;
@@ -179,6 +179,25 @@ INLINE void convert(const float* from, uint16_t* to, size_t count) {
 
 INLINE void convert(const float* from, float* to, size_t count) { std::memcpy(to, from, count * sizeof(float)); }
 
+// Adds the sums of a chunk to the total. With float32 weights what the addition loses is kept, so
+// that the error does not grow with the number of inputs: MKL's many short sums are as exact.
+template <class T>
+INLINE void join(float* total, float* lost, const float* chunk, size_t count) {
+    for (size_t j = 0; j < count; j++) {
+        float sum = total[j] + chunk[j];
+        if constexpr (sizeof(T) == 4) {
+            float added = sum - total[j];
+            lost[j] += (total[j] - (sum - added)) + (chunk[j] - added);
+        }
+        total[j] = sum;
+    }
+}
+
+// After an infinity or an overflow what was lost is not a number, and the total stands.
+INLINE void recover(float* total, const float* lost, size_t count) {
+    for (size_t j = 0; j < count; j++) total[j] += lost[j] == lost[j] ? lost[j] : 0.0f;
+}
+
 // Adds the bias to the sums [rows][WIDTH] of a group and stores them.
 template <class T>
 INLINE void store(const Job& job, size_t group, size_t row, size_t rows, float* sums) {
@@ -232,14 +251,15 @@ template <class T, size_t R>
 static void portable_block(const Job& job, size_t group, size_t row) {
     const T* w = reinterpret_cast<const T*>(job.weights->group(group));
     const float* x = static_cast<const float*>(job.x) + row * job.stride;
-    float sums[R * WIDTH] = {};
+    float sums[R * WIDTH] = {}, lost[R * WIDTH] = {};
     for (size_t start = 0; start < job.weights->padded; start += CHUNK) {
         float chunk[R * WIDTH] = {};
         size_t end = std::min(start + CHUNK, job.weights->padded);
         for (size_t k = start; k < end; k += TOGETHER<T>)
             for (size_t r = 0; r < R; r++) multiply(w + k * WIDTH, x + r * job.stride + k, chunk + r * WIDTH);
-        for (size_t j = 0; j < R * WIDTH; j++) sums[j] += chunk[j];
+        join<T>(sums, lost, chunk, R * WIDTH);
     }
+    recover(sums, lost, R * WIDTH);
     store<T>(job, group, row, R, sums);
 }
 
@@ -255,7 +275,7 @@ template <class T, size_t R>
 AVX2 static void avx2_block(const Job& job, size_t group, size_t row) {
     const T* w = reinterpret_cast<const T*>(job.weights->group(group));
     const float* x = static_cast<const float*>(job.x) + row * job.stride;
-    alignas(32) float sums[R * WIDTH] = {};
+    alignas(32) float sums[R * WIDTH] = {}, lost[R * WIDTH] = {}, of_chunk[R * WIDTH];
     const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
     for (size_t start = 0; start < job.weights->padded; start += CHUNK) {
         __m256 chunk[R][4];
@@ -287,11 +307,10 @@ AVX2 static void avx2_block(const Job& job, size_t group, size_t row) {
             }
         }
         for (size_t r = 0; r < R; r++)
-            for (size_t i = 0; i < 4; i++) {
-                float* sum = sums + r * WIDTH + i * 8;
-                _mm256_store_ps(sum, _mm256_add_ps(_mm256_load_ps(sum), chunk[r][i]));
-            }
+            for (size_t i = 0; i < 4; i++) _mm256_store_ps(of_chunk + r * WIDTH + i * 8, chunk[r][i]);
+        join<T>(sums, lost, of_chunk, R * WIDTH);
     }
+    recover(sums, lost, R * WIDTH);
     store<T>(job, group, row, R, sums);
 }
 
@@ -306,7 +325,7 @@ template <class T, size_t R>
 AVX512 static void avx512_block(const Job& job, size_t group, size_t row) {
     const T* w = reinterpret_cast<const T*>(job.weights->group(group));
     const float* x = static_cast<const float*>(job.x) + row * job.stride;
-    alignas(64) float sums[R * WIDTH] = {};
+    alignas(64) float sums[R * WIDTH] = {}, lost[R * WIDTH] = {}, of_chunk[R * WIDTH];
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
     for (size_t start = 0; start < job.weights->padded; start += CHUNK) {
         __m512 chunk[R][2];
@@ -342,11 +361,10 @@ AVX512 static void avx512_block(const Job& job, size_t group, size_t row) {
             }
         }
         for (size_t r = 0; r < R; r++)
-            for (size_t i = 0; i < 2; i++) {
-                float* sum = sums + r * WIDTH + i * 16;
-                _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), chunk[r][i]));
-            }
+            for (size_t i = 0; i < 2; i++) _mm512_store_ps(of_chunk + r * WIDTH + i * 16, chunk[r][i]);
+        join<T>(sums, lost, of_chunk, R * WIDTH);
     }
+    recover(sums, lost, R * WIDTH);
     store<T>(job, group, row, R, sums);
 }
 

@@ -1,0 +1,69 @@
+"""Finds the compiled kernels, and says so once where there are none.
+
+``OUTRIDER_CPU_KERNEL`` chooses an instruction set (``amx``, ``avx512_bf16``, ``avx512``, ``avx2``,
+``portable``) instead of the fastest one that this processor has; ``off`` does without.
+"""
+
+import logging
+import os
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from outrider.kernels.native._linear import Packed
+
+VARIABLE = "OUTRIDER_CPU_KERNEL"
+KINDS = {torch.bfloat16: 0, torch.float32: 1}
+"""Dtypes with a native kernel, by their number in ``linear.cpp``."""
+
+
+@cache
+def load() -> ModuleType | None:
+    """The extension module, with its path selected; None if it was not built or is switched off.
+
+    Raises:
+        ValueError: the environment asks for a path that this processor does not have.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == "off":
+        return None
+    try:
+        from outrider.kernels.native import _linear
+    except ImportError:
+        return None
+    if wanted and wanted not in _linear.paths():
+        raise ValueError(f"{VARIABLE}={wanted}: not off and none of {', '.join(_linear.paths())}")
+    if wanted:
+        _linear.select(wanted)
+    return _linear
+
+
+def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> "Packed | None":
+    """A copy of the weights as the native kernel streams them; None if it cannot take them."""
+    if weight.device.type != "cpu" or weight.dtype not in KINDS or not weight.numel():
+        return None
+    library = load()
+    if library is None:
+        notice()
+        return None
+    weight = weight.contiguous()
+    offsets = None if bias is None else bias.float().contiguous()
+    packed: Packed = library.Packed(
+        weight.data_ptr(),
+        KINDS[weight.dtype],
+        *weight.shape,
+        0 if offsets is None else offsets.data_ptr(),
+    )
+    return packed
+
+
+@cache
+def notice() -> None:
+    """Says, once, that linear layers are PyTorch's own."""
+    logging.getLogger(__name__).warning(
+        "native linear layers are %s: PyTorch's own are used, which are slower",
+        f"switched off by {VARIABLE}" if os.environ.get(VARIABLE) == "off" else "not built",
+    )
