@@ -130,11 +130,17 @@ def _load(arguments: argparse.Namespace, config: dict[str, Any] | None) -> "LLM"
     import torch
 
     from outrider.cluster.llm import LLM
+    from outrider.cluster.workers_config import WorkersConfig
 
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise InvalidConfigError(f"threads must be at least 1, not {arguments.threads}")
         torch.set_num_threads(arguments.threads)
+    elif config is not None and config.get("workers") is not None:
+        # Threads that wait for a core that a worker has would slow both down.
+        local = WorkersConfig.parse(config["workers"])
+        taken = 0 if local.addresses else local.count * local.threads
+        torch.set_num_threads(max(1, torch.get_num_threads() - taken))
     return LLM(
         arguments.target,
         # A draft model that will not be asked need not be loaded.
@@ -226,7 +232,7 @@ def _add_models(parser: Parser) -> None:
         help="tokens of prompt and output; the model's by default",
     )
     add("--max-num-seqs", metavar="N", type=integer, default=8, help="prompts served at once; default 8")
-    add("--threads", metavar="N", type=integer, help="CPU threads; PyTorch's choice by default")
+    add("--threads", metavar="N", type=integer, help="CPU threads; by default all but local workers'")
 
 
 def _add_sampling(parser: Parser) -> None:
