@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 .PHONY: test lint protos clean
 
 # The stamp is newer than what it was made from, so a second run installs nothing.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/native/*pp)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Outrider needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -26,4 +26,4 @@ protos: $(VENV)/installed
 		--python_out=src --grpc_python_out=src --pyi_out=src protos/speculation.proto
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build kernels/native/*.so src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

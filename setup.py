@@ -7,8 +7,15 @@ setup(
         Extension(
             "outrider.kernels.native._linear",
             sources=["kernels/native/linear.cpp"],
-            depends=["kernels/native/binding.hpp"],
-            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden"],
+            depends=["kernels/native/weights.hpp", "kernels/native/binding.hpp"],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-ffp-contract=off",
+                "-fvisibility=hidden",
+                "-g0",
+                "-Wno-maybe-uninitialized",
+            ],
             optional=True,  # without it PyTorch's own products are used
         )
     ]

@@ -4,23 +4,17 @@
 // (or one sequence of them) that no other row and no other output touches. Rows are blocked and
 // outputs are split over threads, the reduction never is: a row's bits depend on the row, the
 // weights and the instruction set alone. Between instruction sets they differ.
-//
-// Layout: groups of 32 outputs. Within a group the inputs follow one another, for float32
-// [in][32], for bfloat16 [in / 2][32][2], pairs being what AMX and AVX512-BF16 multiply.
-// Missing outputs of the last group are zero and are never stored; bfloat16 inputs are filled up
-// with zeros to a multiple of 32, in the weights and in x alike, so that 0 * inf cannot appear.
 
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <mutex>
-#include <new>
 #include <vector>
 
+#include "weights.hpp"
+
 #include <dlfcn.h>
-#include <sys/mman.h>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -38,112 +32,9 @@
 
 namespace outrider {
 
-constexpr size_t WIDTH = 32;            // outputs of a group
-constexpr size_t STEP = 32;             // inputs of an AMX tile; bfloat16 inputs are padded to it
-constexpr size_t CHUNK = 16;            // products summed before they join the total
-constexpr size_t AHEAD = 2048;          // bytes by which weights are prefetched
-constexpr size_t HUGE_PAGE = 2u << 20;
-constexpr size_t ARENA = 32u << 20;
+constexpr size_t CHUNK = 16;               // products summed before they join the total
+constexpr size_t AHEAD = 2048;             // bytes by which weights are prefetched
 constexpr size_t THREAD_WORK = 96u << 10;  // bytes of weights that are worth waking a thread for
-
-enum class Kind { bfloat16 = 0, float32 = 1 };
-
-// ---- memory -------------------------------------------------------------------------------
-
-// Weights lie one after another in huge pages: with small ones a virtual machine spends most of
-// the time walking page tables. A block of memory is returned when nobody uses any of it.
-struct Arena {
-    char* mapped;
-    size_t length, used;
-    char* base;
-    size_t end, users;
-};
-
-static std::mutex arena_lock;
-static Arena* current_arena = nullptr;
-
-static Arena* new_arena(size_t bytes) {
-    size_t end = std::max(ARENA, (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
-    size_t length = end + HUGE_PAGE;
-    void* mapped = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapped == MAP_FAILED) throw std::bad_alloc();
-    uintptr_t aligned = (reinterpret_cast<uintptr_t>(mapped) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    char* base = reinterpret_cast<char*>(aligned);
-#ifdef MADV_HUGEPAGE
-    madvise(base, end, MADV_HUGEPAGE);  // where it is refused there is nothing lost but time
-#endif
-    return new Arena{static_cast<char*>(mapped), length, 0, base, end, 0};
-}
-
-static void* take(size_t bytes, Arena*& arena) {
-    std::lock_guard<std::mutex> guard(arena_lock);
-    bytes = (bytes + 127) / 128 * 128;
-    if (!current_arena || current_arena->end - current_arena->used < bytes) {
-        Arena* fresh = new_arena(bytes);
-        current_arena = fresh;
-    }
-    arena = current_arena;
-    void* memory = arena->base + arena->used;
-    arena->used += bytes;
-    arena->users++;
-    return memory;
-}
-
-static void give_back(Arena* arena) {
-    std::lock_guard<std::mutex> guard(arena_lock);
-    if (--arena->users) return;
-    if (current_arena == arena) current_arena = nullptr;
-    munmap(arena->mapped, arena->length);
-    delete arena;
-}
-
-// ---- weights ------------------------------------------------------------------------------
-
-struct Weights {
-    Kind kind;
-    size_t outs, ins;
-    size_t padded;  // inputs in the layout
-    size_t groups;
-    char* data = nullptr;
-    std::vector<float> bias;  // empty, or one per output of every group
-    Arena* arena = nullptr;
-
-    Weights(Kind kind, const void* source, size_t outs, size_t ins, const float* offsets)
-        : kind(kind), outs(outs), ins(ins) {
-        padded = kind == Kind::bfloat16 ? (ins + STEP - 1) / STEP * STEP : ins;
-        groups = (outs + WIDTH - 1) / WIDTH;
-        if (offsets) {
-            bias.assign(groups * WIDTH, 0.0f);
-            std::copy(offsets, offsets + outs, bias.begin());
-        }
-        data = static_cast<char*>(take(bytes(), arena));
-        std::memset(data, 0, bytes());
-        if (kind == Kind::bfloat16)
-            fill<uint16_t, 2>(static_cast<const uint16_t*>(source));
-        else
-            fill<float, 1>(static_cast<const float*>(source));
-    }
-    Weights(const Weights&) = delete;
-    Weights& operator=(const Weights&) = delete;
-    ~Weights() { give_back(arena); }
-
-    size_t size() const { return kind == Kind::bfloat16 ? 2 : 4; }
-    size_t group_bytes() const { return padded * WIDTH * size(); }
-    size_t bytes() const { return groups * group_bytes(); }
-    const char* group(size_t g) const { return data + g * group_bytes(); }
-
-  private:
-    template <class T, size_t TOGETHER>
-    void fill(const T* source) {
-        T* into = reinterpret_cast<T*>(data);
-        for (size_t out = 0; out < outs; out++) {
-            const T* row = source + out * ins;
-            T* column = into + out / WIDTH * WIDTH * padded + out % WIDTH * TOGETHER;
-            for (size_t k = 0; k < ins; k++)
-                column[k / TOGETHER * WIDTH * TOGETHER + k % TOGETHER] = row[k];
-        }
-    }
-};
 
 // One call. x holds rows of `stride` elements, of the type the kernel wants.
 struct Job {
@@ -425,64 +316,85 @@ struct alignas(64) TileConfig {
     uint8_t rows[16];
 };
 
-// Tiles 0 to 3: sums of (upper, lower) rows and (left, right) outputs; 4, 5: x; 6, 7: weights.
-// Every element of a sum takes the products of a tile in one order, however many rows it has.
-template <bool LOWER>
+INLINE AMX void prefetch_step(const char* w) {
+#pragma GCC unroll 32
+    for (size_t line = 0; line < STEP * WIDTH * 2; line += 64) _mm_prefetch(w + AHEAD / 2 + line, _MM_HINT_T0);
+}
+
+// What tiles 2 and 3 sum while 0 and 1 sum the left and right outputs of a group for up to 16 rows.
+enum class Beside { nothing, more_rows, next_group };
+
+// Tiles 4 and 5 hold x, 6 and 7 weights. Every element of a sum takes the products of a tile in one
+// order, however many rows it has. sums: [16][WIDTH], and as much again for what is computed beside.
+template <Beside BESIDE>
 AMX static void amx_pass(const Weights& weights, size_t group, const uint16_t* x, size_t stride, float* sums) {
     const char* w = weights.group(group);
+    const char* next = weights.group(group + 1);
     const long x_bytes = static_cast<long>(stride * 2), w_bytes = WIDTH * 4;
     _tile_zero(0);
     _tile_zero(1);
-    if constexpr (LOWER) {
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+    _tile_zero(2);
+    _tile_zero(3);
     for (size_t k = 0; k < weights.padded; k += STEP, w += STEP * WIDTH * 2) {
-#pragma GCC unroll 32
-        for (size_t line = 0; line < STEP * WIDTH * 2; line += 64) _mm_prefetch(w + AHEAD + line, _MM_HINT_T0);
+        prefetch_step(w);
         _tile_loadd(6, w, w_bytes);
         _tile_loadd(4, x + k, x_bytes);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, w + 64, w_bytes);
         _tile_dpbf16ps(1, 4, 7);
-        if constexpr (LOWER) {
+        if constexpr (BESIDE == Beside::more_rows) {
             _tile_loadd(5, x + k + 16 * stride, x_bytes);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
+        } else if constexpr (BESIDE == Beside::next_group) {
+            prefetch_step(next);
+            _tile_loadd(6, next, w_bytes);
+            _tile_dpbf16ps(2, 4, 6);
+            _tile_loadd(7, next + 64, w_bytes);
+            _tile_dpbf16ps(3, 4, 7);
+            next += STEP * WIDTH * 2;
         }
     }
     _tile_stored(0, sums, w_bytes);
     _tile_stored(1, sums + 16, w_bytes);
-    if constexpr (LOWER) {
+    if constexpr (BESIDE != Beside::nothing) {
         _tile_stored(2, sums + 16 * WIDTH, w_bytes);
         _tile_stored(3, sums + 16 * WIDTH + 16, w_bytes);
     }
+    asm volatile("" : : "r"(sums) : "memory");
 }
 
 AMX static void by_amx(const Job& job, size_t first, size_t last) {
+    const Weights& weights = *job.weights;
     size_t passes = (job.rows + 31) / 32, count = (job.rows + passes - 1) / passes;
     size_t upper = std::min<size_t>(count, 16), lower = count - upper;
     TileConfig config = {};
     config.palette = 1;
     for (int tile = 0; tile < 8; tile++) {
+        bool beside = lower && (tile == 2 || tile == 3 || tile == 5);
         config.row_bytes[tile] = 64;
-        bool of_lower = tile == 2 || tile == 3 || tile == 5;
-        config.rows[tile] = static_cast<uint8_t>(tile >= 6 ? 16 : of_lower ? std::max<size_t>(lower, 1) : upper);
+        config.rows[tile] = static_cast<uint8_t>(tile >= 6 ? 16 : beside ? lower : upper);
     }
     // The intrinsics do not say what memory they read.
     asm volatile("" : : "r"(&config), "r"(job.x) : "memory");
     _tile_loadconfig(&config);
     alignas(64) float sums[32 * WIDTH];
-    for (size_t g = first; g < last; g++)
+    const uint16_t* x = static_cast<const uint16_t*>(job.x);
+    size_t g = first;
+    if (!lower)
+        for (; g + 2 <= last; g += 2) {  // two groups at a time are two streams from memory
+            amx_pass<Beside::next_group>(weights, g, x, job.stride, sums);
+            store<uint16_t>(job, g, 0, count, sums);
+            store<uint16_t>(job, g + 1, 0, count, sums + 16 * WIDTH);
+        }
+    for (; g < last; g++)
         for (size_t i = 0; i < passes; i++) {
             // The last pass goes over some rows again rather than have tiles of another size.
             size_t row = std::min(i * count, job.rows - count);
-            const uint16_t* x = static_cast<const uint16_t*>(job.x) + row * job.stride;
             if (lower)
-                amx_pass<true>(*job.weights, g, x, job.stride, sums);
+                amx_pass<Beside::more_rows>(weights, g, x + row * job.stride, job.stride, sums);
             else
-                amx_pass<false>(*job.weights, g, x, job.stride, sums);
-            asm volatile("" : : "r"(sums) : "memory");
+                amx_pass<Beside::nothing>(weights, g, x, job.stride, sums);
             store<uint16_t>(job, g, row, count, sums);
         }
     _tile_release();

@@ -1,0 +1,126 @@
+// Weights in the layout that the kernels of linear.cpp stream.
+//
+// Layout: groups of 32 outputs. Within a group the inputs follow one another, for float32
+// [in][32], for bfloat16 [in / 2][32][2], pairs being what AMX and AVX512-BF16 multiply.
+// Missing outputs of the last group are zero and are never stored; bfloat16 inputs are filled up
+// with zeros to a multiple of 32, in the weights and in x alike, so that 0 * inf cannot appear.
+
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include <sys/mman.h>
+
+namespace outrider {
+
+constexpr size_t WIDTH = 32;  // outputs of a group
+constexpr size_t STEP = 32;   // inputs of an AMX tile; bfloat16 inputs are padded to it
+constexpr size_t HUGE_PAGE = 2u << 20;
+constexpr size_t ARENA = 32u << 20;
+
+enum class Kind { bfloat16 = 0, float32 = 1 };
+
+// ---- memory -------------------------------------------------------------------------------
+
+// Weights lie one after another in huge pages: with small ones a virtual machine spends most of
+// the time walking page tables. A block of memory is returned when nobody uses any of it.
+struct Arena {
+    char* mapped;
+    size_t length, used;
+    char* base;
+    size_t end, users;
+};
+
+static std::mutex arena_lock;
+static Arena* current_arena = nullptr;
+
+static Arena* new_arena(size_t bytes) {
+    size_t end = std::max(ARENA, (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+    size_t length = end + HUGE_PAGE;
+    void* mapped = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    uintptr_t aligned = (reinterpret_cast<uintptr_t>(mapped) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    char* base = reinterpret_cast<char*>(aligned);
+#ifdef MADV_HUGEPAGE
+    madvise(base, end, MADV_HUGEPAGE);  // where it is refused there is nothing lost but time
+#endif
+    return new Arena{static_cast<char*>(mapped), length, 0, base, end, 0};
+}
+
+static void* take(size_t bytes, Arena*& arena) {
+    std::lock_guard<std::mutex> guard(arena_lock);
+    bytes = (bytes + 127) / 128 * 128;
+    if (!current_arena || current_arena->end - current_arena->used < bytes) {
+        Arena* fresh = new_arena(bytes);
+        current_arena = fresh;
+    }
+    arena = current_arena;
+    void* memory = arena->base + arena->used;
+    arena->used += bytes;
+    arena->users++;
+    return memory;
+}
+
+static void give_back(Arena* arena) {
+    std::lock_guard<std::mutex> guard(arena_lock);
+    if (--arena->users) return;
+    if (current_arena == arena) current_arena = nullptr;
+    munmap(arena->mapped, arena->length);
+    delete arena;
+}
+
+// ---- weights ------------------------------------------------------------------------------
+
+struct Weights {
+    Kind kind;
+    size_t outs, ins;
+    size_t padded;  // inputs in the layout
+    size_t groups;
+    char* data = nullptr;
+    std::vector<float> bias;  // empty, or one per output of every group
+    Arena* arena = nullptr;
+
+    Weights(Kind kind, const void* source, size_t outs, size_t ins, const float* offsets)
+        : kind(kind), outs(outs), ins(ins) {
+        padded = kind == Kind::bfloat16 ? (ins + STEP - 1) / STEP * STEP : ins;
+        groups = (outs + WIDTH - 1) / WIDTH;
+        if (offsets) {
+            bias.assign(groups * WIDTH, 0.0f);
+            std::copy(offsets, offsets + outs, bias.begin());
+        }
+        data = static_cast<char*>(take(bytes(), arena));
+        std::memset(data, 0, bytes());
+        if (kind == Kind::bfloat16)
+            fill<uint16_t, 2>(static_cast<const uint16_t*>(source));
+        else
+            fill<float, 1>(static_cast<const float*>(source));
+    }
+    Weights(const Weights&) = delete;
+    Weights& operator=(const Weights&) = delete;
+    ~Weights() { give_back(arena); }
+
+    size_t size() const { return kind == Kind::bfloat16 ? 2 : 4; }
+    size_t group_bytes() const { return padded * WIDTH * size(); }
+    size_t bytes() const { return groups * group_bytes(); }
+    const char* group(size_t g) const { return data + g * group_bytes(); }
+
+  private:
+    template <class T, size_t TOGETHER>
+    void fill(const T* source) {
+        T* into = reinterpret_cast<T*>(data);
+        for (size_t out = 0; out < outs; out++) {
+            const T* row = source + out * ins;
+            T* column = into + out / WIDTH * WIDTH * padded + out % WIDTH * TOGETHER;
+            for (size_t k = 0; k < ins; k++)
+                column[k / TOGETHER * WIDTH * TOGETHER + k % TOGETHER] = row[k];
+        }
+    }
+};
+
+}  // namespace outrider
