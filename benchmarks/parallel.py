@@ -14,11 +14,11 @@ simulator, whose speed-up stands beside the measured one.
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from outrider.models.inflate import parse_count
 from outrider.models.loader import load_model
 from outrider.models.numerics import Numerics
 from outrider.speculation.calibration import RankCalibration
+from outrider.speculation.pipelines.costs import CostEstimates
 from outrider.speculation.sampling import LogitProcessor, TokenChooser, perturb
 from outrider.speculation.statistics import SpeculationStatistics
 from outrider.speculation.tree import DraftTree
@@ -42,11 +43,14 @@ WARM_UP = 2
 CONTEXT = 1024
 
 
+Run: TypeAlias = Callable[[str, SamplingParams], tuple[list[int], SpeculationStatistics | None]]
+
+
 @dataclass
 class Way:
     """One way of decoding: how to run a prompt, and what came of it."""
 
-    run: Callable[[str, SamplingParams], tuple[list[int], SpeculationStatistics | None]]
+    run: Run
     seconds: list[float] = field(default_factory=list)
     stats: SpeculationStatistics = field(default_factory=SpeculationStatistics)
     texts: list[list[int]] = field(default_factory=list)
@@ -126,8 +130,10 @@ def _serve(pipe: Connection, target: str, dtype: str, threads: int) -> None:
 def compare(
     llms: dict[str, LLM], every_core: AllCores, temperature: float, args: argparse.Namespace
 ) -> dict[str, Any]:
-    ways = {name: Way(one_way(llm, speculative=True)) for name, llm in llms.items()}
-    ways["plain"] = Way(one_way(llms["parallel"], speculative=False))
+    ways = {name: Way(drafting(llm)) for name, llm in llms.items()}
+    # Step times are learnt apart: a busy drafter may slow its neighbour down.
+    alone = CostEstimates()
+    ways["plain"] = Way(plainly(llms["parallel"], alone))
     ways["plain, all cores"] = Way(every_core.run)
     prompts = corpus.held_out_prompts(args.prompts + WARM_UP)
     order = list(ways)
@@ -146,7 +152,7 @@ def compare(
     figures["plain tokens per second"] = round(args.tokens * len(plain.seconds) / sum(plain.seconds), 1)
     for name in PIPELINES:
         figures[name] = summary(ways[name].stats)
-    figures["simulated"] = predict(llms, ways, prompts[WARM_UP:], temperature, args)
+    figures["simulated"] = predict(llms, ways, alone, prompts[WARM_UP:], temperature, args)
     for name in PIPELINES:
         measured = decoding_seconds(plain) / decoding_seconds(ways[name])
         figures[f"{name} over plain, without prompts"] = round(measured, 3)
@@ -154,11 +160,19 @@ def compare(
     return figures
 
 
-def one_way(
-    llm: LLM, *, speculative: bool
-) -> Callable[[str, SamplingParams], tuple[list[int], SpeculationStatistics]]:
+def drafting(llm: LLM) -> Run:
     def run(prompt: str, params: SamplingParams) -> tuple[list[int], SpeculationStatistics]:
-        choice = llm.generate(prompt, params, speculative=speculative)[0].outputs[0]
+        choice = llm.generate(prompt, params)[0].outputs[0]
+        return choice.token_ids, choice.stats
+
+    return run
+
+
+def plainly(llm: LLM, costs: CostEstimates) -> Run:
+    def run(prompt: str, params: SamplingParams) -> tuple[list[int], SpeculationStatistics]:
+        shared, llm.engine.costs = llm.engine.costs, costs
+        choice = llm.generate(prompt, params, speculative=False)[0].outputs[0]
+        llm.engine.costs = shared
         return choice.token_ids, choice.stats
 
     return run
@@ -193,12 +207,14 @@ def summary(stats: SpeculationStatistics) -> dict[str, Any]:
 def predict(
     llms: dict[str, LLM],
     ways: dict[str, Way],
+    alone: CostEstimates,
     prompts: list[str],
     temperature: float,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Speed-ups over plain decoding, simulated text by text."""
     costs = measured_costs(llms, ways)
+    plain_costs = replace(costs, target=tuple(alone.step_cost.curve(2).tolist()))
     texts = [
         drafter_text(llms["parallel"], args.draft, prompt, ids, temperature, WARM_UP + index)
         for index, (prompt, ids) in enumerate(zip(prompts, ways["plain"].texts, strict=True))
@@ -206,8 +222,8 @@ def predict(
     texts = calibrated(texts)
     shape = llms["parallel"].engine.shape
     runs = {
-        name: [simulate(costs, name, shape=shape, tokens=len(text.truth), text=text) for text in texts]
-        for name in (None, *PIPELINES)
+        name: [simulate(kind, name, shape=shape, tokens=len(text.truth), text=text) for text in texts]
+        for name, kind in ((None, plain_costs), *((name, costs) for name in PIPELINES))
     }
     seconds = {name: sum(run.seconds for run in each) for name, each in runs.items()}
     total = SpeculationStatistics()
@@ -218,6 +234,7 @@ def predict(
         "parallel_mean_acceptance_length": round(total.mean_acceptance_length, 3),
         "parallel_tokens_per_target_step": round(total.num_output_tokens / total.target_steps, 3),
         "parallel_rows_per_target_step": round(total.target_rows / total.target_steps, 2),
+        "T_target_plain_ms": round(1e3 * plain_costs.target[0], 3),
         "T_target_ms": [round(1e3 * each, 3) for each in costs.target],
         "T_draft_ms": round(1e3 * costs.draft[0], 3),
         "round_trip_ms": round(1e3 * costs.round_trip, 3),
