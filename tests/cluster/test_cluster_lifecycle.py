@@ -104,6 +104,8 @@ def generating(*words: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
         stdout=terminal,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        # Started in the background of a script, the tests themselves may ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         os.close(terminal)
         try:
