@@ -127,6 +127,8 @@ def test_ctrl_c_ends_everything(moment: str) -> None:
             assert until(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
         else:
             assert until(lambda: has_worker(process))
+            (worker,) = children(process.pid)
+            assert until(lambda: "libtorch" in Path(f"/proc/{worker}/maps").read_text())
         workers = children(process.pid)
         if moment == "mid-stream":
             assert os.read(screen, 1)

@@ -143,7 +143,7 @@ def test_a_stream_that_loses_doubles_delays_and_reorders(
         params = SamplingParams(temperature=0.7, seed=seed, max_tokens=120, ignore_eos=True)
         drafted, plain, _ = both(llm, params)
         assert drafted == plain
-        assert faults.made > 20
+        assert faults.made > 5
 
 
 class Faults:
