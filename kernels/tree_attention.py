@@ -26,6 +26,9 @@ TAIL = 64
 STRIDE = TAIL // 2
 """Canonical prefixes end at multiples of this; a tree may be this deep."""
 
+ALIGNMENT = 64
+"""Bytes of a cache line, and of the widest vector register."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionGroup:
@@ -123,9 +126,9 @@ class _Canonical:
         self.tail_mask = _joined([group.tail_mask for group in groups])
         self.tail = torch.empty(rows * TAIL, 2, G, D, dtype=dtype)
         tail = self.tail.view(rows, TAIL, 2, G, D)
-        q_heads = torch.zeros(G, space, Q, D, dtype=dtype)
+        q_heads = _aligned((G, space, Q, D), dtype)
         scores = torch.zeros(G, space, Q, TAIL, dtype=dtype)
-        result = torch.empty(G, space, Q, D, dtype=dtype)
+        result = _aligned((G, space, Q, D), dtype)
         self.q_rows, self.score_rows = q_heads[:, :rows], scores[:, :rows]
         self.result_rows = result[:, :rows].transpose(0, 1)
         self.key_heads = [
@@ -153,6 +156,17 @@ class _Canonical:
         for group in self.groups:
             group(pool)
         return self.result_rows
+
+
+def _aligned(shape: tuple[int, int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros ``[..., D]`` in which every vector begins at a multiple of ``ALIGNMENT`` bytes.
+
+    Some libraries reduce a vector that begins elsewhere in another order, and where a row begins
+    depends on the rows before it.
+    """
+    *outer, D = shape
+    quantum = ALIGNMENT // dtype.itemsize
+    return torch.zeros(*outer, -(-D // quantum) * quantum, dtype=dtype)[..., :D]
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
