@@ -43,7 +43,7 @@ class _Link:
 class DraftPool:
     """Opens requests at draft workers and keeps their trees fed.
 
-    limits: of growth; ``steps`` those after the prompt. clock: monotonic seconds.
+    limits: of a request's growth; ``steps`` those after the prompt. clock: monotonic seconds.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class DraftPool:
         channels: Sequence[DraftChannel],
         arrivals: Arrivals,
         *,
-        limits: GrowthLimits,
+        limits: Callable[[Request], GrowthLimits],
         vocab_size: int,
         clock: Callable[[], float],
     ) -> None:
@@ -82,7 +82,7 @@ class DraftPool:
         session = RemoteSession(
             self._last_number,
             request,
-            limits=self._limits,
+            limits=self._limits(request),
             vocab_size=self._vocab_size,
             capacity=REPLICA_CAPACITY,
             stats=stats,
@@ -91,6 +91,24 @@ class DraftPool:
         self._homeless.append(session)
         self._place_homeless()
         return session
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of the workers that drafting was asked of, in reach or not."""
+        return [link.channel.address for link in self._links]
+
+    def add(self, channel: DraftChannel) -> None:
+        """One more worker, which need not be there yet."""
+        self._links.append(_Link(channel))
+
+    def remove(self, address: str) -> None:
+        """Lets go of a worker; its requests are opened elsewhere."""
+        for link in [each for each in self._links if each.channel.address == address]:
+            for session in link.sessions.values():
+                session.detach()
+            self._homeless += [each for each in link.sessions.values() if not each.closed]
+            link.channel.close()
+            self._links.remove(link)
 
     def poll(self, busy: tuple[float, float] = (0.0, 0.0)) -> None:
         """Takes in all that has arrived; never waits.

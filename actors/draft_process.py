@@ -34,6 +34,8 @@ class DraftProcess:
         self, worker: DraftWorker, welcome: Welcome, *, host: str, port: int, security: Security
     ) -> None:
         self._worker = worker
+        self.model = welcome.model
+        """The draft model's name."""
         self._events: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._stopped = False

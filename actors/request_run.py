@@ -51,7 +51,7 @@ class RequestRun:
             params, request.prompt_ids, target.vocab_size, ending_ids(params, target.eos_ids)
         )
         self._chooser = TokenChooser(params, request.choice)
-        self._pipeline: Pipeline = engine.make_pipeline()
+        self._pipeline: Pipeline = engine.make_pipeline(request)
         self.stats = SpeculationStatistics()
         self.finished = False
         self.error: ModelError | None = None

@@ -13,6 +13,7 @@ from outrider.actors.runner import AnySequence, TargetRunner
 from outrider.models.numerics import MAX_ROWS
 from outrider.speculation.pipelines.actions import Verify
 from outrider.speculation.pipelines.costs import CostEstimates
+from outrider.speculation.pipelines.registry import PIPELINES
 from outrider.speculation.pipelines.serial import SerialPipeline
 from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.request import Request, StepOutput
@@ -52,7 +53,7 @@ class TargetEngine:
 
     drafting: opens a draft session per request. remote: takes in what drafters in other
     processes have sent; the same object as ``drafting`` where these are used.
-    make_pipeline: one per request; ``serial`` in one process by default.
+    make_pipeline: one for each request that names none; ``serial`` in one process by default.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class TargetEngine:
         self._remote, self._make_pipeline = remote, make_pipeline
         self._busy = (0.0, 0.0)
 
-    def make_pipeline(self) -> Pipeline:
+    def make_pipeline(self, request: Request) -> Pipeline:
         """A new request's."""
-        pipeline: Pipeline = self._make_pipeline(self.shape, self.costs)
+        make: MakePipeline = self._make_pipeline if request.pipeline is None else PIPELINES[request.pipeline]
+        pipeline: Pipeline = make(self.shape, self.costs)
         return pipeline
 
     def start(self, request: Request) -> RequestRun:

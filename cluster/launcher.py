@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import select
 import subprocess
 import sys
 import threading
@@ -33,6 +34,17 @@ class _Worker:
     address: str = ""
     complaints: list[str] = field(default_factory=list)
     listener: threading.Thread | None = None
+
+    def listen(self) -> None:
+        """Keeps the last lines of standard error from now on, so that the pipe never fills."""
+        self.listener = threading.Thread(target=self._read_complaints, daemon=True)
+        self.listener.start()
+
+    def _read_complaints(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.complaints.append(line.rstrip())
+            del self.complaints[:-MAX_COMPLAINT_LINES]
 
     @property
     def end(self) -> str:
@@ -71,6 +83,7 @@ class LocalWorkers:
         try:
             for index in range(count):
                 self._workers.append(self._start(index, 0))
+                self._workers[-1].listen()
             for worker in self._workers:
                 worker.address = _announced_address(worker)
         except BaseException:
@@ -104,6 +117,7 @@ class LocalWorkers:
         # The address stays, so that a restart that failed can be tried again.
         self._workers[index] = self._start(index, int(worker.address.rpartition(":")[2]))
         self._workers[index].address = worker.address
+        self._workers[index].listen()
         _announced_address(self._workers[index])
 
     def close(self) -> None:
@@ -138,42 +152,22 @@ class LocalWorkers:
             # Ctrl-C reaches the whole terminal group; workers end when their owner says so.
             start_new_session=True,
         )
-        worker = _Worker(process)
-        worker.listener = threading.Thread(target=_listen, args=(worker,), daemon=True)
-        worker.listener.start()
-        return worker
-
-
-def _listen(worker: _Worker) -> None:
-    """Keeps the last lines of standard error, so that the pipe never fills."""
-    assert worker.process.stderr is not None
-    for line in worker.process.stderr:
-        worker.complaints.append(line.rstrip())
-        del worker.complaints[:-MAX_COMPLAINT_LINES]
+        return _Worker(process)
 
 
 def _announced_address(worker: _Worker) -> str:
     """Waits until it says where it listens."""
     assert worker.process.stdout is not None
-    late = threading.Event()
-
-    def end_it() -> None:
-        late.set()
+    # Without a thread that could outlive a Ctrl-C; the address is one line, written at once.
+    ready, _, _ = select.select([worker.process.stdout], [], [], START_SECONDS)
+    if not ready:
         worker.process.kill()
-
-    timer = threading.Timer(START_SECONDS, end_it)
-    timer.start()
-    try:
-        line = worker.process.stdout.readline()
-    finally:
-        # Also after Ctrl-C, for a running timer would keep this process alive.
-        timer.cancel()
+        raise WorkerError(f"a draft worker did not start within {START_SECONDS:g} s")
+    line = worker.process.stdout.readline()
     if line:
         address: str = json.loads(line)["address"]
         return address
     worker.process.wait()
-    if late.is_set():
-        raise WorkerError(f"a draft worker did not start within {START_SECONDS:g} s")
     raise WorkerError(f"a draft worker {worker.end}")
 
 
@@ -186,7 +180,8 @@ def _last_words(worker: _Worker) -> list[dict[str, Any]]:
 
 def _finish(worker: _Worker) -> None:
     worker.process.wait()
-    if worker.listener is not None:
+    # A thread that Ctrl-C kept from starting cannot be joined.
+    if worker.listener is not None and worker.listener.ident is not None:
         worker.listener.join()
     for pipe in (worker.process.stdin, worker.process.stdout, worker.process.stderr):
         if pipe is not None:

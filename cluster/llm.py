@@ -1,20 +1,21 @@
 """``LLM``: a target in this very process, its drafter there too or elsewhere, with vLLM's shape."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any
 
 import numpy as np
 
 from outrider.actors.draft_engine import TREE_CAPACITY, LocalModelDrafting, ModelDraftEngine
 from outrider.actors.drafting import DraftEngine, NgramEngine
 from outrider.actors.model_runner import ModelRunner
-from outrider.actors.request_run import RequestRun
+from outrider.actors.running_batch import RunningBatch, Ticket
 from outrider.actors.target_engine import TargetEngine, TargetModel
+from outrider.cluster.generation import OnStep, Prompt, TextGenerator
 from outrider.cluster.remote_drafting import RemoteDrafters
 from outrider.cluster.speculative_config import SpeculativeConfig
 from outrider.models.demo import pair
@@ -31,23 +32,8 @@ from outrider.speculation.tree import MAX_TREE_DEPTH
 from outrider.speculation.types import IntArray
 from outrider.speculation.verifiers.registry import make_verifier
 
-Prompt = str | Sequence[int]
 
-
-@dataclass(slots=True, kw_only=True)
-class RequestOutput:
-    """All choices for one prompt.
-
-    seed: the one the request was served with; giving it again gives the same tokens.
-    """
-
-    prompt: str
-    prompt_token_ids: list[int] = field(repr=False)
-    outputs: list[Completion]
-    seed: int
-
-
-class LLM:
+class LLM(TextGenerator):
     """Generates text offline, exactly as the target alone would, and faster.
 
     model: folder or hub id of the target; None takes the embedded demo pair.
@@ -104,10 +90,9 @@ class LLM:
             self.workers = RemoteDrafters(config, self.model, dtype=dtype, numerics=str(kind))
         elif config is not None:
             local, max_num_seqs = self._make_drafting(config, dtype), 1
-        self._at_once = max_num_seqs
+        self.max_num_seqs = max_num_seqs
         pool = None if self.workers is None else self.workers.pool
-        self.close = weakref.finalize(self, _close, self.workers)
-        """Ends the workers that were started; the engine decodes plainly afterwards."""
+        self._finalizer = weakref.finalize(self, _close, self.workers)
         self.engine = TargetEngine(
             TargetModel(
                 runner=ModelRunner(
@@ -124,117 +109,72 @@ class LLM:
             make_pipeline=SerialPipeline if config is None or pool is None else PIPELINES[config.pipeline],
         )
 
-    def __enter__(self) -> Self:
-        return self
+    def close(self) -> None:
+        """Ends the workers that were started; the engine decodes plainly afterwards."""
+        self._finalizer()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | None = None,
-        *,
-        speculative: bool = True,
-    ) -> list[RequestOutput]:
-        """One output per prompt, in order. A prompt is text or a list of token ids.
-
-        speculative: False decodes these prompts plainly; the tokens are the same.
-
-        Raises:
-            InvalidRequestError: a prompt or parameter cannot be served.
-        """
-        params = sampling_params or SamplingParams()
-        prepared = [self.prepare(prompt, params, speculative=speculative) for prompt in _as_list(prompts)]
-        done = self.complete_all([request for _, requests in prepared for request in requests])
-        return [_output(prompt, requests, islice(done, len(requests))) for prompt, requests in prepared]
-
-    def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, speculative: bool = True
-    ) -> Iterator[StepOutput]:
-        """The steps of one prompt's only choice, as they are made.
-
-        Raises:
-            InvalidRequestError: as for ``generate``, or ``n`` is more than 1.
-        """
-        params = sampling_params or SamplingParams()
-        if params.n != 1:
-            raise InvalidRequestError(f"n must be 1 to stream, not {params.n}")
-        _, (request,) = self.prepare(prompt, params, speculative=speculative)
-        return self._steps(request)
-
-    def _steps(self, request: Request) -> Iterator[StepOutput]:
-        with self.engine.start(request) as run:
-            while not run.finished:
-                yield run.step()
+    def failures(self) -> dict[str, str]:
+        """See ``TextGenerator``: draft workers."""
+        return {} if self.workers is None else self.workers.failures()
 
     def prepare(
-        self, prompt: Prompt, params: SamplingParams, *, speculative: bool = True
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        speculative: bool = True,
+        pipeline: str | None = None,
     ) -> tuple[str, list[Request]]:
-        """The prompt's text and one request per choice, all with the same seed.
-
-        Raises:
-            InvalidRequestError: the prompt is empty, too long or has unknown token ids.
-        """
+        """See ``TextGenerator``."""
+        if pipeline is not None:
+            self._require_pipeline(pipeline)
         text, ids = self._tokenize(prompt)
         if params.seed is None:
             params = replace(params, seed=int(self._seeds.integers(2**63)))
         requests = [
-            Request(prompt_ids=ids, params=params, choice=choice, speculative=speculative)
+            Request(prompt_ids=ids, params=params, choice=choice, speculative=speculative, pipeline=pipeline)
             for choice in range(params.n)
         ]
         return text, requests
 
-    def complete(self, request: Request, on_step: Callable[[StepOutput], None] | None = None) -> Completion:
-        """Serves one prepared request; ``on_step`` sees every step as it is made."""
-        ids: list[int] = []
-        with self.engine.start(request) as run:
-            while not run.finished:
-                step = run.step()
-                ids += step.token_ids
-                if on_step is not None:
-                    on_step(step)
-        return _completion(request, run, ids, step)
+    def steps(self, request: Request) -> Iterator[StepOutput | Completion]:
+        """See ``TextGenerator``."""
+        batch = RunningBatch(self.engine, 1)
+        try:
+            ticket = batch.submit(request)
+            while not ticket.finished:
+                for _, output in batch.step():
+                    if output is not None and ticket.error is None:
+                        yield output
+            yield _completion(ticket)
+        finally:
+            batch.close()
 
     def complete_all(
-        self,
-        requests: Iterable[Request],
-        on_step: Callable[[Request, StepOutput], None] | None = None,
+        self, requests: Iterable[Request], on_step: OnStep | None = None
     ) -> Iterator[Completion]:
-        """Serves prepared requests, ``max_num_seqs`` at once; in their order, as soon as known.
-
-        ``on_step`` sees every step of each as it is made.
-
-        Raises:
-            ModelError: the target gave no token for one of them.
-        """
-        waiting = enumerate(requests)
-        running: dict[RequestRun, tuple[int, Request, list[int]]] = {}
-        finished: dict[int, Completion] = {}
-        following = 0
+        """See ``TextGenerator``; ``max_num_seqs`` at once."""
+        waiting = iter(requests)
+        batch = RunningBatch(self.engine, self.max_num_seqs)
+        unfinished: deque[Ticket] = deque()
         try:
             while True:
-                for number, request in islice(waiting, self._at_once - len(running)):
-                    running[self.engine.start(request)] = number, request, []
-                if not running:
+                unfinished += [batch.submit(request) for request in islice(waiting, batch.room)]
+                if not unfinished:
                     return
-                for run, step in zip(list(running), self.engine.step(list(running)), strict=True):
-                    number, request, ids = running[run]
-                    ids += step.token_ids
-                    if on_step is not None:
-                        on_step(request, step)
-                    if run.finished:
-                        run.close()
-                        del running[run]
-                        finished[number] = _completion(request, run, ids, step)
-                while following in finished:
-                    yield finished.pop(following)
-                    following += 1
+                for ticket, output in batch.step():
+                    if on_step is not None and output is not None:
+                        on_step(ticket.request, output)
+                while unfinished and unfinished[0].finished:
+                    yield _completion(unfinished.popleft())
         finally:
-            for run in running:
-                run.close()
+            batch.close()
+
+    def _require_pipeline(self, name: str) -> None:
+        if name not in PIPELINES:
+            raise InvalidRequestError(f"pipeline must be one of {', '.join(PIPELINES)}, not {name!r}")
+        if name != "serial" and self.workers is None:
+            raise InvalidRequestError(f"pipeline {name!r} needs draft workers")
 
     def _tokenize(self, prompt: Prompt) -> tuple[str, IntArray]:
         """Text and token ids of a prompt given as either."""
@@ -285,32 +225,11 @@ def _close(workers: RemoteDrafters | None) -> None:
         workers.close()
 
 
-def _completion(request: Request, run: RequestRun, ids: list[int], last: StepOutput) -> Completion:
-    if run.error is not None:
-        raise run.error
-    assert last.finish_reason is not None
-    return Completion(
-        index=request.choice,
-        text=run.text,
-        token_ids=ids,
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        stats=run.stats,
-    )
-
-
-def _output(prompt: str, requests: list[Request], done: Iterable[Completion]) -> RequestOutput:
-    seed = requests[0].params.seed
-    assert seed is not None
-    ids = requests[0].prompt_ids.tolist()
-    return RequestOutput(prompt=prompt, prompt_token_ids=ids, outputs=list(done), seed=seed)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """One prompt or several: a string, or a list of numbers, is one."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
-        return [cast(Prompt, prompts)]
-    return cast(Sequence[Prompt], prompts)
+def _completion(ticket: Ticket) -> Completion:
+    if ticket.error is not None:
+        raise ticket.error
+    assert ticket.completion is not None
+    return ticket.completion
 
 
 def _encodable(prompt: str) -> str:

@@ -1,7 +1,9 @@
 """Connects a target engine to draft workers, and starts them where the user wants local ones."""
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 
 from outrider.actors.draft_pool import DraftPool
 from outrider.actors.grpc_client import DraftClient
@@ -13,6 +15,7 @@ from outrider.cluster.workers_config import WorkersConfig
 from outrider.models.loader import LoadedModel, context_length
 from outrider.speculation.errors import VocabularyMismatchError, WorkerError
 from outrider.speculation.replication.messages import NO_LIMIT, PROTOCOL_VERSION, GrowthLimits, Hello
+from outrider.speculation.request import Request
 
 CONNECT_SECONDS = 10.0
 
@@ -34,21 +37,32 @@ class RemoteDrafters:
         self._open = ExitStack()
         try:
             addresses, security = self._find(config.workers, config, model, dtype)
-            client = DraftClient(security=security)
-            self._open.callback(client.close)
-            hello = _hello(model, numerics)
+            self._client = DraftClient(security=security)
+            self._open.callback(self._client.close)
+            self._hello = _hello(model, numerics)
             self.pool = DraftPool(
-                [client.connect(address, hello) for address in addresses],
-                client,
-                limits=_limits(config),
+                [self._client.connect(address, self._hello) for address in addresses],
+                self._client,
+                limits=partial(_limits, config),
                 vocab_size=model.vocab_size,
                 clock=time.perf_counter,
             )
             self._open.callback(self.pool.close)
-            self._await_workers()
+            if config.workers.required:
+                self._await_workers()
         except BaseException:
             self.close()
             raise
+
+    def replace(self, addresses: Sequence[str]) -> None:
+        """From now on these workers draft; on the engine's thread, between two steps."""
+        known = self.pool.addresses
+        for address in known:
+            if address not in addresses:
+                self.pool.remove(address)
+        for address in addresses:
+            if address not in known:
+                self.pool.add(self._client.connect(address, self._hello))
 
     def close(self) -> None:
         """Ends streams and local processes; may be called twice. Requests are then served plainly."""
@@ -67,7 +81,7 @@ class RemoteDrafters:
         self, workers: WorkersConfig, config: SpeculativeConfig, model: LoadedModel, dtype: str
     ) -> tuple[list[str], Security]:
         """Where the workers listen and what connecting takes; starts them if they are to be local."""
-        if workers.addresses:
+        if not workers.is_local:
             security = cluster_security(workers.tls_ca, workers.tls_certificate, workers.tls_key)
             return list(workers.addresses), security
         self.local = LocalWorkers(workers.count, _worker_arguments(config, workers, model, dtype))
@@ -94,12 +108,12 @@ def _hello(model: LoadedModel, numerics: str) -> Hello:
     )
 
 
-def _limits(config: SpeculativeConfig) -> GrowthLimits:
+def _limits(config: SpeculativeConfig, request: Request) -> GrowthLimits:
     shape = config.shape
     return GrowthLimits(
         width=shape.width,
         children=shape.children,
-        steps=NO_LIMIT if config.pipeline == "parallel" else shape.depth,
+        steps=NO_LIMIT if (request.pipeline or config.pipeline) == "parallel" else shape.depth,
         min_score=shape.min_score,
     )
 

@@ -231,7 +231,7 @@ def _pool(world: VirtualClock, costs: Costs, text: Text, shape: TreeShape, *, st
     link = VirtualLink(world, worker, hello=hello, welcome=welcome, delay=costs.round_trip / 2)
     limits = GrowthLimits(width=shape.width, children=shape.children, steps=steps, min_score=shape.min_score)
     arrivals = VirtualArrivals(world, [link])
-    return DraftPool([link], arrivals, limits=limits, vocab_size=vocab_size, clock=world)
+    return DraftPool([link], arrivals, limits=lambda _: limits, vocab_size=vocab_size, clock=world)
 
 
 class _NoText:

@@ -4,7 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from outrider.cluster.workers_config import WorkersConfig, refuse_unknown
+from outrider.cluster.nearest import refuse_unknown
+from outrider.cluster.workers_config import WorkersConfig
 from outrider.speculation.errors import InvalidConfigError
 from outrider.speculation.pipelines.shape import DEFAULT_SPECULATIVE_TOKENS, TreeShape
 from outrider.speculation.verifiers.registry import VERIFIERS
@@ -81,7 +82,7 @@ class SpeculativeConfig:
         _choose("pipeline", self.pipeline, PIPELINES)
         _choose("verification", self.verification, VERIFIERS)
         self._check_workers()
-        served = self.workers is not None and bool(self.workers.addresses)
+        served = self.workers is not None and not self.workers.is_local
         if self.method == "draft_model" and not self.model and not served:
             raise InvalidConfigError("speculative_config: method 'draft_model' needs a model")
         if self.method != "draft_model" and self.model:

@@ -1,10 +1,10 @@
 """The ``workers`` of a speculative config: who drafts in processes of their own."""
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from outrider.cluster.nearest import refuse_unknown
 from outrider.speculation.errors import InvalidConfigError
 
 MAX_LOCAL_WORKERS = 64
@@ -17,6 +17,7 @@ class WorkersConfig:
 
     count: of local workers. threads, max_sessions: of each local worker.
     addresses: host:port of running ones; none are started then.
+    required: whether one of them must be in reach at the start; if not, there may be none yet.
     tls_ca, tls_certificate, tls_key: PEM files for reaching them; TLS is off without any.
     """
 
@@ -24,9 +25,15 @@ class WorkersConfig:
     threads: int = 1
     max_sessions: int = 16
     addresses: tuple[str, ...] = ()
+    required: bool = True
     tls_ca: str | None = None
     tls_certificate: str | None = None
     tls_key: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether workers are to be started on this machine."""
+        return not self.addresses and self.required
 
     @classmethod
     def parse(cls, value: Any) -> "WorkersConfig":
@@ -41,7 +48,7 @@ class WorkersConfig:
             refuse_unknown("speculative_config.workers", value, (each.name for each in fields(cls)))
             given = dict(value)
             if "addresses" in given:
-                given["addresses"] = _addresses(given["addresses"])
+                given["addresses"] = _addresses(given["addresses"], given.get("required", True))
             return cls(**given)._checked()
         if isinstance(value, Sequence):
             return cls(addresses=_addresses(value))
@@ -67,28 +74,23 @@ class WorkersConfig:
             raise InvalidConfigError(
                 f"speculative_config.workers: count must be at most {MAX_LOCAL_WORKERS}, not {self.count}"
             )
+        if not isinstance(self.required, bool):
+            raise InvalidConfigError(
+                f"speculative_config.workers: required must be true or false, not {self.required!r}"
+            )
         for name in ("tls_ca", "tls_certificate", "tls_key"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise InvalidConfigError(f"speculative_config.workers: {name} must be a path, not {value!r}")
-            if value is not None and not self.addresses:
+            if value is not None and self.is_local:
                 raise InvalidConfigError(
                     f"speculative_config.workers: local workers do without TLS, so {name} must go"
                 )
         return self
 
 
-def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises InvalidConfigError for a key that is not known, naming the nearest one."""
-    names = sorted(known)
-    for key in given:
-        if key not in names:
-            nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
-            raise InvalidConfigError(f"{where}: unknown key {key!r}; did you mean {nearest!r}?")
-
-
-def _addresses(values: Any) -> tuple[str, ...]:
-    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+def _addresses(values: Any, required: bool = True) -> tuple[str, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence) or (required and not values):
         raise InvalidConfigError(f"speculative_config.workers: addresses must be host:port, not {values!r}")
     for value in values:
         host, _, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")

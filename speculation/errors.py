@@ -51,3 +51,11 @@ class SlowPeerError(OutriderError):
 
 class WorkerError(OutriderError):
     """A worker process could not be started or reached."""
+
+
+class ClusterError(OutriderError):
+    """A cluster could not be started, found or kept: Ray, its nodes, or the room on them."""
+
+
+class TargetLostError(ClusterError):
+    """The target that served a request is gone, and no other one can go on with it."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from outrider.speculation.errors import OutriderError
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.statistics import SpeculationStatistics
 from outrider.speculation.types import FinishReason, IntArray
@@ -13,12 +14,15 @@ class Request:
 
     prompt_ids: int64 ``[length]``. params: with a seed. choice: which of the ``n`` choices.
     speculative: whether the engine's drafter may help; the tokens are the same either way.
+    pipeline: how drafting and verification take turns, see ``pipelines.registry``; the engine's
+        own by default.
     """
 
     prompt_ids: IntArray
     params: SamplingParams
     choice: int = 0
     speculative: bool = True
+    pipeline: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,3 +51,17 @@ class Completion:
     finish_reason: FinishReason
     stop_reason: int | str | None
     stats: SpeculationStatistics = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepEvent:
+    """What a step brought one request of a call.
+
+    index: of the request among the call's. In its last event a request has a completion or an
+    error.
+    """
+
+    index: int
+    output: StepOutput | None
+    completion: Completion | None = None
+    error: OutriderError | None = None

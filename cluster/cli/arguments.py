@@ -1,11 +1,11 @@
 """What all commands share in reading their arguments: strict flags, and errors of one line."""
 
 import argparse
-import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn, TypeAlias
 
+from outrider.cluster.nearest import nearest
 from outrider.speculation.errors import InvalidConfigError
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -54,11 +54,6 @@ def _readable(message: str) -> str:
     if problem == "expected one argument":
         return f"{flag} needs a value (if it begins with '-', write {flag.split('/')[-1]}=VALUE)"
     return f"{flag} {problem.replace('not allowed with argument', 'cannot be given together with')}"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name that looks most like this one."""
-    return difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
 
 
 def in_flags(message: str, arguments: argparse.Namespace) -> str:

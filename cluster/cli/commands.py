@@ -6,11 +6,12 @@ No such module may import torch before its command runs: ``--help`` answers at o
 import argparse
 from typing import Any, NoReturn
 
-from outrider.cluster.cli import draft_worker, generate, simulate
-from outrider.cluster.cli.arguments import Parser, in_flags, nearest
+from outrider.cluster.cli import down, draft_worker, generate, simulate, status, up
+from outrider.cluster.cli.arguments import Parser, in_flags
+from outrider.cluster.nearest import nearest
 from outrider.speculation.errors import InvalidConfigError, InvalidRequestError
 
-COMMANDS = (generate, draft_worker, simulate)
+COMMANDS = (generate, up, down, status, draft_worker, simulate)
 
 DESCRIPTION = "Speculative decoding that gives the target's own tokens, faster."
 

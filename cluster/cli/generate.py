@@ -1,8 +1,10 @@
-"""``outrider generate``: continues texts, the target in this very process."""
+"""``outrider generate``: continues texts, the target in this very process or on a cluster."""
 
 import argparse
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from outrider.cluster.cli.arguments import Commands, Parser, integer, json_object, real
@@ -13,11 +15,25 @@ from outrider.speculation.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from outrider.cluster.cli.output import Output
+    from outrider.cluster.generation import TextGenerator
     from outrider.cluster.llm import LLM
 
 Prepared: TypeAlias = list[tuple[str, list[Request]]]
 """Prompts with a request per choice."""
 
+_OF_THIS_PROCESS = {
+    "target": None,
+    "draft": None,
+    "dtype": "auto",
+    "numerics": "canonical",
+    "max_model_len": None,
+    "max_num_seqs": 8,
+    "threads": None,
+    "workers": None,
+    "num_speculative_tokens": None,
+    "speculative_config": None,
+}
+"""Flags that a cluster.yaml stands in for, and their defaults."""
 NAME = "generate"
 SUMMARY = "continue texts with a target model, helped by a draft model"
 
@@ -26,6 +42,9 @@ Continues texts. The tokens are the target's own, whatever drafts for it.
 
 Without --target, the embedded demo pair writes Python. A --target of your own decodes
 plainly unless --draft or --speculative-config names something to draft for it.
+
+With a cluster.yaml, the cluster generates: the standing one of that name if 'outrider up' has
+started it, else one that is started for this command.
 """
 
 EXAMPLES = """\
@@ -34,6 +53,7 @@ examples:
   outrider generate --target Qwen/Qwen3-8B --draft Qwen/Qwen3-0.6B --prompt 'Once upon a time'
   outrider generate --prompt-file prompts.txt --n 2 --temperature 0.8 --seed 1 --json > out.jsonl
   outrider generate --workers local --prompt-file prompts.txt
+  outrider generate cluster.yaml --prompt 'def fibonacci(n):'
   outrider generate --target ./model -sc '{"method": "ngram"}' < letter.txt
 
 docs/workers.md tells more about --workers.
@@ -48,6 +68,7 @@ def register(commands: Commands) -> None:
     """Adds the command's parser."""
     parser = commands.add_parser(NAME, help=SUMMARY, description=DESCRIPTION, epilog=EXAMPLES)
     parser.set_defaults(run=run)
+    parser.add_argument("cluster", metavar="cluster.yaml", nargs="?", help="generate on this cluster")
     _add_prompts(parser)
     _add_models(parser)
     _add_sampling(parser)
@@ -61,15 +82,18 @@ def register(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Reads the prompts, loads the models and writes every result."""
     # All that can be refused without a model is, before seconds go into loading one.
+    load = _cluster(arguments) if arguments.cluster is not None else _in_this_process(arguments)
     prompts = read_prompts(arguments.prompt, arguments.prompt_file)
     params = _sampling_params(arguments)
-    config = _speculative_config(arguments)
     from outrider.cluster.cli.output import Output, notice
 
-    with notice("loading the models ..."):
-        llm = _load(arguments, config)
+    with notice("loading the models ..." if arguments.cluster is None else "starting the cluster ..."):
+        llm = load()
     with llm:
-        prepared = _prepare(llm, prompts, params, speculative=not arguments.no_speculation)
+        # In this process the pipeline is the engine's own.
+        pipeline = arguments.pipeline if arguments.cluster is not None else None
+        switches = {"speculative": not arguments.no_speculation, "pipeline": pipeline}
+        prepared = _prepare(llm, prompts, params, switches)
         output = Output(total=len(prompts) * params.n, as_json=arguments.json, one_choice=params.n == 1)
         warnings = _Warnings(llm)
         try:
@@ -82,19 +106,19 @@ def run(arguments: argparse.Namespace) -> int:
 class _Warnings:
     """Says once of each draft worker that it is gone, between two results."""
 
-    def __init__(self, llm: "LLM") -> None:
-        self._workers = llm.workers
+    def __init__(self, llm: "TextGenerator") -> None:
+        self._llm = llm
         self._told: set[str] = set()
 
     def show(self) -> None:
-        failures = {} if self._workers is None else self._workers.failures()
+        failures = self._llm.failures()
         for address, line in failures.items():
             if address not in self._told and sys.stderr is not None:
                 print(f"outrider: warning: {line}", file=sys.stderr, flush=True)
         self._told.update(failures)
 
 
-def _show_each(llm: "LLM", prepared: Prepared, output: "Output", warnings: _Warnings) -> None:
+def _show_each(llm: "TextGenerator", prepared: Prepared, output: "Output", warnings: _Warnings) -> None:
     """One after the other, as they come."""
     for number, (prompt, requests) in enumerate(prepared, 1):
         for request in requests:
@@ -105,7 +129,7 @@ def _show_each(llm: "LLM", prepared: Prepared, output: "Output", warnings: _Warn
             warnings.show()
 
 
-def _write_all(llm: "LLM", prepared: Prepared, output: "Output", warnings: _Warnings) -> None:
+def _write_all(llm: "TextGenerator", prepared: Prepared, output: "Output", warnings: _Warnings) -> None:
     """Several at once, written in order as they are finished."""
     everything = [
         (number, prompt, request)
@@ -126,6 +150,33 @@ def _write_all(llm: "LLM", prepared: Prepared, output: "Output", warnings: _Warn
         warnings.show()
 
 
+def _cluster(arguments: argparse.Namespace) -> Callable[[], "TextGenerator"]:
+    """Checks what can be checked before anything starts; how to start it."""
+    from outrider.cluster.cluster_config import load_config
+
+    if not Path(arguments.cluster).exists():
+        raise InvalidConfigError(f"there is no file {arguments.cluster!r}; a text goes after --prompt")
+    for name, default in _OF_THIS_PROCESS.items():
+        if getattr(arguments, name) != default:
+            flag = "--" + name.replace("_", "-")
+            raise InvalidConfigError(
+                f"{flag} is for generating in this process; {arguments.cluster} decides it"
+            )
+    config = load_config(arguments.cluster)
+
+    def start() -> "TextGenerator":
+        from outrider.cluster.ray_cluster import Cluster
+
+        return Cluster(config, debug=getattr(arguments, "debug", False))
+
+    return start
+
+
+def _in_this_process(arguments: argparse.Namespace) -> Callable[[], "TextGenerator"]:
+    config = _speculative_config(arguments)
+    return lambda: _load(arguments, config)
+
+
 def _load(arguments: argparse.Namespace, config: dict[str, Any] | None) -> "LLM":
     import torch
 
@@ -139,7 +190,7 @@ def _load(arguments: argparse.Namespace, config: dict[str, Any] | None) -> "LLM"
     elif config is not None and config.get("workers") is not None:
         # Threads that wait for a core that a worker has would slow both down.
         local = WorkersConfig.parse(config["workers"])
-        taken = 0 if local.addresses else local.count * local.threads
+        taken = local.count * local.threads if local.is_local else 0
         torch.set_num_threads(max(1, torch.get_num_threads() - taken))
     return LLM(
         arguments.target,
@@ -152,12 +203,14 @@ def _load(arguments: argparse.Namespace, config: dict[str, Any] | None) -> "LLM"
     )
 
 
-def _prepare(llm: "LLM", prompts: list[str], params: SamplingParams, *, speculative: bool) -> Prepared:
+def _prepare(
+    llm: "TextGenerator", prompts: list[str], params: SamplingParams, switches: dict[str, Any]
+) -> Prepared:
     """All of them before the first is served, so that a bad one does not waste the others' time."""
     prepared = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            prepared.append(llm.prepare(prompt, params, speculative=speculative))
+            prepared.append(llm.prepare(prompt, params, **switches))
         except InvalidRequestError as error:
             if len(prompts) == 1:
                 raise
@@ -195,7 +248,7 @@ def _speculative_config(arguments: argparse.Namespace) -> dict[str, Any] | None:
     from outrider.cluster.workers_config import WorkersConfig
     from outrider.models.demo import pair
 
-    elsewhere = arguments.workers is not None and bool(WorkersConfig.parse(arguments.workers).addresses)
+    elsewhere = arguments.workers is not None and not WorkersConfig.parse(arguments.workers).is_local
     if given is None and arguments.draft is None and not elsewhere:
         if arguments.target is not None:
             flag = "--" + next(iter(simple)).replace("_", "-")
@@ -263,7 +316,7 @@ def _add_speculation(parser: Parser) -> None:
         metavar="W",
         help="draft in other processes: local or local:N starts them here, host:port[,...] finds them there",
     )
-    add("--pipeline", metavar="P", help="with --workers: parallel (the default) or serial")
+    add("--pipeline", metavar="P", help="with draft workers: parallel (the default) or serial")
     add(
         "-sc",
         "--speculative-config",

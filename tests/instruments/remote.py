@@ -136,7 +136,9 @@ class Target:
             steps=NO_LIMIT if pipeline == "parallel" else shape.depth,
             min_score=shape.min_score,
         )
-        self.pool = DraftPool(channels, arrivals, limits=limits, vocab_size=lm.vocab_size, clock=world)
+        self.pool = DraftPool(
+            channels, arrivals, limits=lambda _: limits, vocab_size=lm.vocab_size, clock=world
+        )
         self.engine = TargetEngine(
             TargetModel(runner=lm, vocab_size=lm.vocab_size, eos_ids=eos_ids, detokenizer=_letters(lag)),
             verifier=make_verifier("coupled"),

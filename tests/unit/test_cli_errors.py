@@ -20,7 +20,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["generate", "--temprature", "1"], "unknown flag '--temprature'; did you mean '--temperature'?"),
     (["generate", "--max-token=3"], "unknown flag '--max-token'; did you mean '--max-tokens'?"),
     (["generate", "-s", "{}"], "unknown flag '-s'; did you mean '-sc'?"),
-    (["generate", "hello"], "unexpected argument 'hello'"),
+    (["generate", "hello"], "there is no file 'hello'; a text goes after --prompt"),
     (["generate", "--prompt", "--x"], "--prompt needs a value (if it begins with '-', write --prompt=VALUE)"),
     (
         ["generate", "--prompt", "a", "--prompt-file", "b"],

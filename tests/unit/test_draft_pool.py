@@ -75,7 +75,7 @@ class Bench:
         self.world = VirtualClock()
         self.channels = [Channel(f"w{index}", room) for index, room in enumerate(rooms)]
         self.pool = DraftPool(
-            self.channels, Nothing(self.world), limits=LIMITS, vocab_size=VOCAB, clock=self.world
+            self.channels, Nothing(self.world), limits=lambda _: LIMITS, vocab_size=VOCAB, clock=self.world
         )
         self.pool.poll()
 

@@ -1,0 +1,145 @@
+"""What everything that generates text offers, whether in this process or on a cluster."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from types import TracebackType
+from typing import Self, TypeAlias, cast
+
+import numpy as np
+
+from outrider.speculation.errors import InvalidRequestError
+from outrider.speculation.request import Completion, Request, StepOutput
+from outrider.speculation.sampling_params import SamplingParams
+
+Prompt: TypeAlias = str | Sequence[int]
+"""Text, or token ids."""
+OnStep: TypeAlias = Callable[[Request, StepOutput], None]
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestOutput:
+    """All choices for one prompt.
+
+    seed: the one the request was served with; giving it again gives the same tokens.
+    """
+
+    prompt: str
+    prompt_token_ids: list[int] = field(repr=False)
+    outputs: list[Completion]
+    seed: int
+
+
+class TextGenerator(ABC):
+    """Generates text exactly as its target alone would. End it with ``close`` or a ``with`` block."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        speculative: bool = True,
+        pipeline: str | None = None,
+    ) -> tuple[str, list[Request]]:
+        """The prompt's text and one request per choice, all with the same seed.
+
+        pipeline: ``serial`` or ``parallel``; what the generator was set up with by default.
+
+        Raises:
+            InvalidRequestError: the prompt is empty, too long or has unknown token ids, or there
+                are no draft workers for that pipeline.
+        """
+
+    @abstractmethod
+    def steps(self, request: Request) -> Iterator[StepOutput | Completion]:
+        """Serves one prepared request: its steps as they are made, then its completion.
+
+        Raises:
+            ModelError: the target gave no token.
+        """
+
+    @abstractmethod
+    def complete_all(
+        self, requests: Iterable[Request], on_step: OnStep | None = None
+    ) -> Iterator[Completion]:
+        """Serves prepared requests, several at once; in their order, as soon as known.
+
+        ``on_step`` sees every step of each as it is made.
+
+        Raises:
+            ModelError: the target gave no token for one of them.
+        """
+
+    @abstractmethod
+    def failures(self) -> dict[str, str]:
+        """A line for people on each process that should help and is out of reach, by its name."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends what was started; may be called twice."""
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | None = None,
+        *,
+        speculative: bool = True,
+    ) -> list[RequestOutput]:
+        """One output per prompt, in order. A prompt is text or a list of token ids.
+
+        speculative: False decodes these prompts plainly; the tokens are the same.
+
+        Raises:
+            InvalidRequestError: a prompt or parameter cannot be served.
+        """
+        params = sampling_params or SamplingParams()
+        prepared = [self.prepare(prompt, params, speculative=speculative) for prompt in _as_list(prompts)]
+        done = self.complete_all([request for _, requests in prepared for request in requests])
+        return [_output(prompt, requests, islice(done, len(requests))) for prompt, requests in prepared]
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, speculative: bool = True
+    ) -> Iterator[StepOutput]:
+        """The steps of one prompt's only choice, as they are made.
+
+        Raises:
+            InvalidRequestError: as for ``generate``, or ``n`` is more than 1.
+        """
+        params = sampling_params or SamplingParams()
+        if params.n != 1:
+            raise InvalidRequestError(f"n must be 1 to stream, not {params.n}")
+        _, (request,) = self.prepare(prompt, params, speculative=speculative)
+        return (step for step in self.steps(request) if isinstance(step, StepOutput))
+
+    def complete(self, request: Request, on_step: Callable[[StepOutput], None] | None = None) -> Completion:
+        """Serves one prepared request; ``on_step`` sees every step as it is made."""
+        for step in self.steps(request):
+            if isinstance(step, Completion):
+                return step
+            if on_step is not None:
+                on_step(step)
+        raise AssertionError("a request's last step is its completion")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _output(prompt: str, requests: list[Request], done: Iterable[Completion]) -> RequestOutput:
+    seed = requests[0].params.seed
+    assert seed is not None
+    ids = requests[0].prompt_ids.tolist()
+    return RequestOutput(prompt=prompt, prompt_token_ids=ids, outputs=list(done), seed=seed)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt or several: a string, or a list of numbers, is one."""
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, np.integer))):
+        return [cast(Prompt, prompts)]
+    return cast(Sequence[Prompt], prompts)

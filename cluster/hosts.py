@@ -1,0 +1,203 @@
+"""What runs in a cluster's processes. Plain classes; ``ray_launcher`` makes actors of them.
+
+Each is made light, so that it can be placed and asked where it is, and loads its model only in
+``start``. Methods are coroutines: one that computes for long would keep the others waiting.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from outrider.actors.security import Security
+from outrider.cluster.cluster_config import ClusterConfig, DraftPoolConfig
+from outrider.cluster.directory import Place
+from outrider.cluster.generation import Prompt
+from outrider.cluster.interfaces import address_of
+from outrider.speculation.errors import InvalidRequestError
+from outrider.speculation.request import Request, StepEvent
+from outrider.speculation.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftSettings:
+    """What one draft worker is. host: to listen on, or None for the node's own address."""
+
+    name: str
+    pool: DraftPoolConfig
+    security: Security
+    interface: str | None
+    host: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetSettings:
+    """What one rank of a target group is. addresses: of the draft workers at the time."""
+
+    config: ClusterConfig
+    security: Security
+    addresses: list[str]
+
+
+class Host:
+    """What all processes of a cluster have in common."""
+
+    def __init__(self, node: str) -> None:
+        """node: how the others reach this machine, where no interface is chosen."""
+        self.node = node
+
+    async def place(self) -> Place:
+        """Where this is; the first answer also says that it has been placed."""
+        return Place(node=self.node, pid=os.getpid())
+
+
+class DraftHost(Host):
+    """One draft worker."""
+
+    async def start(self, settings: DraftSettings) -> tuple[str, str]:
+        """Loads the model and listens; the address, and the model's name.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+            InvalidConfigError: a setting is not possible on this node.
+        """
+        import torch
+
+        from outrider.cluster.draft_service import make_draft_process
+        from outrider.models.demo import pair
+
+        pool = settings.pool
+        torch.set_num_threads(pool.num_threads)
+        host = settings.host or (address_of(settings.interface) if settings.interface else self.node)
+        self._process = await asyncio.to_thread(
+            make_draft_process,
+            pool.model or str(pair.DRAFT),
+            dtype=pool.dtype,
+            max_model_len=pool.max_model_len,
+            max_sessions=pool.max_sessions,
+            host=host,
+            port=0,
+            name=settings.name,
+            security=settings.security,
+        )
+        return self._process.address, self._process.model
+
+    async def serve(self) -> dict[str, Any]:
+        """Drafts until ``stop``; what it did."""
+        return asdict(await asyncio.to_thread(self._process.run))
+
+    async def stop(self) -> None:
+        """Makes ``serve`` return."""
+        self._process.stop()
+
+
+class TargetHost(Host):
+    """One target: an engine, and streams of steps to whoever asked for text."""
+
+    async def start(self, settings: TargetSettings) -> None:
+        """Loads the model.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+            InvalidConfigError: a setting is not possible on this node.
+        """
+        self._limits = settings.config.limits
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        await asyncio.to_thread(self._load, settings)
+
+    async def serve(self) -> None:
+        """Returns never, but raises what ended the engine."""
+        await self._ended
+
+    async def draft_with(self, addresses: Sequence[str]) -> None:
+        """From now on these workers draft."""
+        drafters = self._llm.workers
+        if drafters is not None:
+            self._engine.order(lambda: drafters.replace(addresses))
+
+    async def prepare(
+        self, prompt: Prompt, params: SamplingParams, speculative: bool, pipeline: str | None
+    ) -> tuple[str, list[Request]]:
+        """See ``TextGenerator.prepare``."""
+        for name, value in (("max_tokens", params.max_tokens), ("n", params.n)):
+            limit = self._limits.max_tokens if name == "max_tokens" else self._limits.max_choices
+            if limit is not None and value > limit:
+                raise InvalidRequestError(f"{name} must be at most {limit} on this cluster, not {value}")
+        return self._llm.prepare(prompt, params, speculative=speculative, pipeline=pipeline)
+
+    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[list[StepEvent]]:
+        """Serves requests; what each engine step brought them, until all are finished."""
+        arrived: asyncio.Queue[list[StepEvent]] = asyncio.Queue()
+        left = len(requests)
+
+        def bring(events: list[StepEvent]) -> None:
+            self._loop.call_soon_threadsafe(arrived.put_nowait, events)
+
+        call = self._engine.submit(requests, bring)
+        try:
+            while left:
+                events = await arrived.get()
+                # A step may have ended while the last one's events were on their way.
+                while not arrived.empty():
+                    events += arrived.get_nowait()
+                left -= sum(each.completion is not None or each.error is not None for each in events)
+                yield events
+        finally:
+            if left:
+                self._engine.cancel(call)
+
+    async def status(self) -> dict[str, Any]:
+        """Figures for people."""
+        figures: asyncio.Future[dict[str, Any]] = self._loop.create_future()
+
+        def look() -> None:
+            self._loop.call_soon_threadsafe(figures.set_result, self._figures())
+
+        self._engine.order(look)
+        return await figures
+
+    def _figures(self) -> dict[str, Any]:
+        """On the engine's thread: it alone may look at the draft workers."""
+        batch, workers = self._batch, self._llm.workers
+        failures = self._llm.failures()
+        return {
+            "model": self._llm.model.folder.name,
+            "max_num_seqs": self._llm.max_num_seqs,
+            "running": batch.num_running,
+            "waiting": batch.num_waiting,
+            "steps": self._llm.engine.steps,
+            "drafters": 0 if workers is None else workers.pool.num_connected,
+            "failures": failures,
+        }
+
+    def _load(self, settings: TargetSettings) -> None:
+        import torch
+
+        from outrider.actors.engine_loop import EngineLoop
+        from outrider.actors.running_batch import RunningBatch
+        from outrider.cluster.cluster_security import TOKEN_VARIABLE
+        from outrider.cluster.llm import LLM
+
+        target = settings.config.target
+        torch.set_num_threads(target.num_threads)
+        if settings.security.token is not None:
+            os.environ[TOKEN_VARIABLE] = settings.security.token
+        self._llm = LLM(
+            target.model,
+            speculative_config=settings.config.speculative_config(settings.addresses),
+            dtype=target.dtype,
+            numerics=target.numerics,
+            max_model_len=target.max_model_len,
+            max_num_seqs=target.max_num_seqs,
+        )
+        self._batch = RunningBatch(self._llm.engine, self._llm.max_num_seqs)
+        self._engine = EngineLoop(self._batch, self._fail)
+
+    def _fail(self, error: BaseException) -> None:
+        def end() -> None:
+            if not self._ended.done():
+                self._ended.set_exception(error)
+
+        self._loop.call_soon_threadsafe(end)

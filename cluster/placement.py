@@ -1,0 +1,101 @@
+"""What of a cluster would run where: plain arithmetic over nodes and what they offer."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from outrider.cluster.cluster_config import ClusterConfig, Resources
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """name: for people. resources: in all, in Ray's terms. labels: as Ray knows them."""
+
+    name: str
+    resources: Mapping[str, float]
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """Processes that belong together on one node: a target group, or one draft worker."""
+
+    name: str
+    ranks: int
+    each: Resources
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """places: the node of each need that fits. problems: a line on each that does not."""
+
+    places: dict[str, str]
+    problems: list[str]
+
+
+def needs_of(config: ClusterConfig) -> list[Need]:
+    """Target groups first: without them nothing works, and they are the largest."""
+    target = config.target
+    groups = [
+        Need(name=f"target-{index}", ranks=target.tensor_parallel_size, each=target)
+        for index in range(target.replicas)
+    ]
+    workers = [
+        Need(name=f"{pool.name}-{index}", ranks=1, each=pool)
+        for pool in config.worker_pools
+        for index in range(pool.replicas)
+    ]
+    return groups + workers
+
+
+def plan(needs: Iterable[Need], nodes: Iterable[Node]) -> Plan:
+    """Places needs one after the other on the node with the most room left, as Ray would try to."""
+    nodes = list(nodes)
+    free = {node.name: dict(node.resources) for node in nodes}
+    labels = {node.name: node.labels for node in nodes}
+    places: dict[str, str] = {}
+    problems: list[str] = []
+    for need in needs:
+        bundle = {name: amount * need.ranks for name, amount in need.each.bundle.items()}
+        suitable = [name for name in free if _has_labels(labels[name], need.each.labels)]
+        fitting = [name for name in suitable if _fits(bundle, free[name])]
+        if not fitting:
+            problems.append(_problem(need, bundle, suitable, free))
+            continue
+        best = max(fitting, key=lambda name: (_room(bundle, free[name]), name))
+        places[need.name] = best
+        for resource, amount in bundle.items():
+            free[best][resource] -= amount
+    return Plan(places=places, problems=problems)
+
+
+def _has_labels(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    return all(labels.get(name) == value for name, value in wanted.items())
+
+
+def _fits(bundle: Mapping[str, float], free: Mapping[str, float]) -> bool:
+    return all(free.get(name, 0.0) + 1e-9 >= amount for name, amount in bundle.items())
+
+
+def _room(bundle: Mapping[str, float], free: Mapping[str, float]) -> float:
+    """What would be left of the scarcest resource."""
+    return min((free[name] - amount for name, amount in bundle.items()), default=0.0)
+
+
+def _problem(
+    need: Need, bundle: Mapping[str, float], suitable: list[str], free: Mapping[str, Mapping[str, float]]
+) -> str:
+    wanted = ", ".join(_amounts(bundle)) or "nothing"
+    if not suitable:
+        labels = ", ".join(f"{name}={value}" for name, value in need.each.labels.items())
+        return f"{need.name} wants a node with {labels}, and none of {len(free)} has these labels"
+    offers = "; ".join(
+        f"{name} has {', '.join(_amounts({each: free[name].get(each, 0.0) for each in bundle}))}"
+        for name in suitable[:4]
+    )
+    more = f" and {len(suitable) - 4} more nodes have no room either" if len(suitable) > 4 else ""
+    return f"{need.name} needs {wanted} on one node; left are: {offers}{more}"
+
+
+def _amounts(resources: Mapping[str, float]) -> Iterator[str]:
+    for name, amount in resources.items():
+        yield f"{amount:g} {name}"

@@ -1,0 +1,154 @@
+"""``Cluster``: targets and draft workers on Ray, used like an ``LLM``."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+from outrider.cluster.cluster_config import ClusterConfig, load_config
+from outrider.cluster.generation import OnStep, Prompt, TextGenerator
+from outrider.cluster.resumption import Progress
+from outrider.cluster.standing import connect
+from outrider.speculation.errors import ClusterError, TargetLostError
+from outrider.speculation.request import Completion, Request, StepOutput
+from outrider.speculation.sampling_params import SamplingParams
+
+CALLS_AHEAD = 2
+"""Batches of requests that a target is given, so that its own never runs dry."""
+Item = StepOutput | Completion
+
+
+class Cluster(TextGenerator):
+    """A running cluster, one's own or a standing one.
+
+    ``close`` ends what it started, and nothing else.
+
+    Raises:
+        ClusterError: Ray, or room for a process, is missing.
+        WorkerError: a process could not start.
+    """
+
+    def __init__(self, config: ClusterConfig, *, debug: bool = False) -> None:
+        """debug: shows what the cluster's processes log."""
+        self.config = config
+        self._open = ExitStack()
+        try:
+            self._controller = self._open.enter_context(connect(config, debug=debug))
+            self._targets: dict[str, Any] = self._controller.targets()
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """
+        Raises:
+            InvalidConfigError: the file is not possible.
+        """
+        return cls(load_config(path))
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        speculative: bool = True,
+        pipeline: str | None = None,
+    ) -> tuple[str, list[Request]]:
+        """See ``TextGenerator``."""
+        return self._controller.prepare(self._some_target(), prompt, params, speculative, pipeline)
+
+    def steps(self, request: Request) -> Iterator[Item]:
+        """See ``TextGenerator``. If its target dies, another one goes on with the same tokens.
+
+        Raises:
+            TargetLostError: there is no other target.
+        """
+        yield from (item for _, item in self._serve(iter([request])))
+
+    def complete_all(
+        self, requests: Iterable[Request], on_step: OnStep | None = None
+    ) -> Iterator[Completion]:
+        """See ``TextGenerator``; spread over all targets, and as for ``steps``."""
+        order: deque[Request] = deque()
+        finished: dict[Request, Completion] = {}
+
+        def noted() -> Iterator[Request]:
+            for request in requests:
+                order.append(request)
+                yield request
+
+        for request, item in self._serve(noted()):
+            if isinstance(item, Completion):
+                finished[request] = item
+            elif on_step is not None:
+                on_step(request, item)
+            while order and order[0] in finished:
+                yield finished.pop(order.popleft())
+
+    def failures(self) -> dict[str, str]:
+        """See ``TextGenerator``: members that do not serve."""
+        return {
+            f"{row['name']} {row['epoch']}": f"{row['name']} is {row['phase']}: {row['note']}"
+            for row in self.status()
+            if row["phase"] != "ready"
+        }
+
+    def status(self) -> list[dict[str, Any]]:
+        """A row per member; see ``Controller.status``."""
+        return self._controller.status()
+
+    def close(self) -> None:
+        """See ``TextGenerator``."""
+        self._open.close()
+
+    def _serve(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Item]]:
+        """Everything that happens to the requests, as it happens."""
+        again: deque[Progress] = deque()
+        with self._controller.calls() as calls:
+            while True:
+                self._hand_out(again, requests, calls)
+                if not calls.open:
+                    return
+                call, events = calls.next()
+                if events is None:
+                    again += self._lost(call.target, calls)
+                    continue
+                for event in events:
+                    progress: Progress = call.items[event.index]
+                    for item in progress.take(event):
+                        yield progress.request, item
+
+    def _hand_out(self, again: deque[Progress], requests: Iterator[Request], calls: Any) -> None:
+        """Gives every target that has room its next batch."""
+        size = self.config.target.max_num_seqs
+        for name, target in self._targets.items():
+            while calls.count(name) < CALLS_AHEAD:
+                batch = [again.popleft() for _ in range(min(size, len(again)))]
+                batch += [Progress(request) for request in islice(requests, size - len(batch))]
+                if not batch:
+                    return
+                calls.start(name, target, batch)
+
+    def _lost(self, name: str, calls: Any) -> list[Progress]:
+        """What a dead target leaves behind, for the others to go on with."""
+        orphans = [each for call in calls.drop(name) for each in call.items if not each.finished]
+        self._targets = {each: target for each, target in self._controller.targets().items() if each != name}
+        if not self._targets:
+            raise TargetLostError(
+                f"{name} died with {len(orphans)} requests in flight and there is no other target; "
+                "the cluster starts it anew as soon as there is room"
+            )
+        return orphans
+
+    def _some_target(self) -> Any:
+        if not self._targets:
+            self._targets = self._controller.targets()
+        if not self._targets:
+            raise ClusterError(f"no target of cluster {self.config.name!r} serves: {self._why()}")
+        return next(iter(self._targets.values()))
+
+    def _why(self) -> str:
+        return "; ".join(self.failures().values()) or "none is ready"
