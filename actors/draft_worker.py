@@ -33,6 +33,9 @@ from outrider.speculation.types import IntArray
 
 MAX_STEP_NODES = 16
 """Nodes that one step expands over all sessions; more make every session's answer late."""
+MAX_HELD_STEPS = 4
+"""Steps after which growth is sent at the latest. With several sessions each grows by little in a
+step, and a message costs the target more than the little is worth."""
 IDLE_SECONDS = 60.0
 """A session without a commit for so long has been forgotten by its target."""
 MAX_TOMBSTONES = 4096
@@ -93,6 +96,8 @@ class _Session:
     """One generation of one target's request.
 
     steps_left: until the next commit, or ``NO_LIMIT``. reported: a message with ``final`` is out.
+    awaited: nothing has been sent since the last commit.
+    draft_steps, draft_rows, draft_seconds: since the last message.
     """
 
     peer: TargetPeer
@@ -102,6 +107,7 @@ class _Session:
     steps_left: int
     last_heard: float
     reported: bool = False
+    awaited: bool = True
     draft_steps: int = 0
     draft_rows: int = 0
     draft_seconds: float = 0.0
@@ -127,6 +133,7 @@ class _Session:
         statistics.reroot_misses += had_tree and not survived
         self.steps_left = commit.steps
         self.reported = False
+        self.awaited = True
 
 
 @dataclass(slots=True)
@@ -200,6 +207,7 @@ class DraftWorker:
         plan = [(each, slots) for each, slots in zip(sessions, frontiers, strict=True) if len(slots)]
         if plan:
             self._grow(plan)
+        self._publish_grown(last=not plan)
         self._report_finished(plan)
         return bool(plan)
 
@@ -217,7 +225,15 @@ class DraftWorker:
             session.draft_seconds += (now - began) * count / int(rows.sum())
             if session.steps_left != NO_LIMIT:
                 session.steps_left -= 1
-            self._publish(session, final=session.steps_left == 0)
+
+    def _publish_grown(self, *, last: bool) -> None:
+        """Sends what grew, now or some steps later. last: nothing will grow before the next commit."""
+        sessions = self._all()
+        held = max(1, min(MAX_HELD_STEPS, len(sessions)))
+        due = last or self.statistics.draft_steps % held == 0
+        for session in sessions:
+            if session.draft_steps and (due or session.awaited or not session.steps_left):
+                self._publish(session, final=session.steps_left == 0)
 
     def _report_finished(self, plan: list[tuple[_Session, IntArray]]) -> None:
         """Sessions that have nothing left to grow tell their target not to wait."""
@@ -239,6 +255,7 @@ class DraftWorker:
         session.reported = final
         # A step that yielded nothing, as within a long text, is reported with the next that does.
         if final or len(growths[0].tokens):
+            session.awaited = False
             session.draft_steps, session.draft_rows, session.draft_seconds = 0, 0, 0.0
             for growth in growths:
                 self.statistics.growth_messages += 1

@@ -184,17 +184,17 @@ def controller_name(name: str) -> str:
     return f"outrider-{name}"
 
 
-def nodes() -> list[Node]:
-    """The nodes of the Ray cluster that are alive."""
-    return [
-        Node(
+def nodes() -> dict[str, Node]:
+    """The nodes of the Ray cluster that are alive, by their ids."""
+    return {
+        node["NodeID"]: Node(
             name=f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})",
             resources=node["Resources"],
             labels=node.get("Labels") or {},
         )
         for node in ray.nodes()
         if node["Alive"]
-    ]
+    }
 
 
 def require_room(config: ClusterConfig) -> None:
@@ -202,7 +202,7 @@ def require_room(config: ClusterConfig) -> None:
     Raises:
         ClusterError: the nodes together do not offer what the cluster takes, even if they were idle.
     """
-    problems = plan(needs_of(config), nodes()).problems
+    problems = plan(needs_of(config), nodes().values()).problems
     if problems:
         raise ClusterError("; ".join(problems))
 

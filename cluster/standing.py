@@ -56,7 +56,7 @@ def connect(config: ClusterConfig, *, debug: bool = False) -> Iterator["RayContr
     """
     standing = find_local(config.name) if config.address == "local" else None
     if standing is not None:
-        with attached_ray(standing.address, standing.token, debug=debug):
+        with standing_ray(standing, debug=debug):
             yield _found(config.name)
     elif config.address == "local":
         with local_ray(debug=debug), own_controller(config) as controller:
@@ -85,7 +85,7 @@ def standing_controller(config: ClusterConfig) -> Iterator["RayController"]:
         standing = find_local(config.name)
         if standing is None:
             raise missing
-        with attached_ray(standing.address, standing.token):
+        with standing_ray(standing):
             yield _found(config.name)
         return
     with attached(config):
@@ -95,6 +95,13 @@ def standing_controller(config: ClusterConfig) -> Iterator["RayController"]:
         if found is None:
             raise missing
         yield found
+
+
+@contextmanager
+def standing_ray(standing: Standing, *, debug: bool = False) -> Iterator[None]:
+    """The Ray of a local cluster that is up."""
+    with attached_ray(standing.address, standing.token, debug=debug):
+        yield
 
 
 @contextmanager
