@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test lint protos clean
+.PHONY: demo test lint protos clean
 
 # The stamp is newer than what it was made from, so a second run installs nothing.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/native/*pp)
@@ -11,6 +11,9 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/na
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/outrider demo
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -23,7 +26,7 @@ test: lint
 # The generated files are committed: nobody needs a compiler to install.
 protos: $(VENV)/installed
 	$(BIN)/python -m grpc_tools.protoc -Ioutrider/protos=protos \
-		--python_out=src --grpc_python_out=src --pyi_out=src protos/speculation.proto
+		--python_out=src --pyi_out=src protos/speculation.proto
 
 clean:
 	rm -rf $(VENV) build kernels/native/*.so src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,22 +1,26 @@
-"""Builds the native linear layers, where there is a compiler; everything else is in pyproject.toml."""
+"""Builds the native kernels, where there is a compiler; everything else is in pyproject.toml."""
 
+import numpy as np
 from setuptools import Extension, setup
+
+FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-Wno-maybe-uninitialized"]
+
+
+def native(name: str, *headers: str) -> Extension:
+    """A module of ``kernels/native``, without which something slower does the same."""
+    return Extension(
+        f"outrider.kernels.native._{name}",
+        sources=[f"kernels/native/{name}.cpp"],
+        depends=[f"kernels/native/{header}" for header in headers],
+        include_dirs=[np.get_include()],
+        extra_compile_args=FLAGS,
+        optional=True,
+    )
+
 
 setup(
     ext_modules=[
-        Extension(
-            "outrider.kernels.native._linear",
-            sources=["kernels/native/linear.cpp"],
-            depends=["kernels/native/weights.hpp", "kernels/native/binding.hpp"],
-            extra_compile_args=[
-                "-std=c++17",
-                "-O3",
-                "-ffp-contract=off",
-                "-fvisibility=hidden",
-                "-g0",
-                "-Wno-maybe-uninitialized",
-            ],
-            optional=True,  # without it PyTorch's own products are used
-        )
+        native("linear", "weights.hpp", "binding.hpp"),
+        native("replication", "grafting.hpp", "reading.hpp"),
     ]
 )

@@ -8,9 +8,10 @@ decoded plainly until one is back.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from outrider.actors.growth_tally import by_session, seconds_between
 from outrider.actors.remote_session import RemoteSession
 from outrider.actors.transport import Arrivals, Disconnected, DraftChannel, Overflowed, Received
-from outrider.speculation.replication.messages import Growth, GrowthLimits, Lost, Welcome
+from outrider.speculation.replication.messages import DrafterMessage, GrowthLimits, Lost, Welcome
 from outrider.speculation.request import Request
 from outrider.speculation.statistics import SpeculationStatistics
 
@@ -116,12 +117,11 @@ class DraftPool:
         busy: when the target's last step began and ended; drafting meanwhile was hidden.
         """
         now = self._clock()
-        touched: dict[int, RemoteSession] = {}
         for link in self._links:
-            for received in link.channel.receive():
-                self._take(link, received, now, busy, touched)
-        for session in touched.values():
-            session.absorb()
+            self._receive(link, now, busy)
+        for link in self._links:
+            for session in link.sessions.values():
+                session.absorb()
         for link in self._links:
             self._sort_out(link, now)
         if self._homeless:
@@ -151,30 +151,36 @@ class DraftPool:
     def _is_awaited(self) -> bool:
         return any(link.welcome is None and not link.refused for link in self._links)
 
-    def _take(
-        self,
-        link: _Link,
-        received: Received,
-        now: float,
-        busy: tuple[float, float],
-        touched: dict[int, RemoteSession],
+    def _receive(self, link: _Link, now: float, busy: tuple[float, float]) -> None:
+        arrived, at = link.channel.receive(), 0
+        while at < len(arrived):
+            grown, at = by_session(arrived, at)
+            self._hand_out(link, grown, now, busy)
+            if at < len(arrived):
+                self._heed(link, arrived[at].event)
+                at += 1
+
+    def _hand_out(
+        self, link: _Link, grown: dict[int, list[Received]], now: float, busy: tuple[float, float]
     ) -> None:
-        event = received.event
-        if isinstance(event, Growth):
-            session = link.sessions.get(event.session)
-            if session is not None and session.receive(event, received.num_bytes):
-                touched[session.number] = session
-                link.clock_offset = min(link.clock_offset, now - event.sent_at)
-                hidden = busy[0] <= event.sent_at + link.clock_offset <= busy[1]
-                session.stats.overlapped_draft_seconds += event.draft_seconds * hidden
-        elif isinstance(event, Welcome):
+        for number, arrived in grown.items():
+            session = link.sessions.get(number)
+            if session is None:
+                continue
+            received = session.receive(arrived)
+            link.clock_offset = min(link.clock_offset, now - received.sent_at)
+            began, ended = busy[0] - link.clock_offset, busy[1] - link.clock_offset
+            session.stats.overlapped_draft_seconds += seconds_between(received.messages, began, ended)
+
+    def _heed(self, link: _Link, event: DrafterMessage | Disconnected | Overflowed) -> None:
+        if isinstance(event, Welcome):
             link.welcome, link.clock_offset = event, float("inf")
             link.failure, link.refused = "", False
         elif isinstance(event, Lost):
             session = link.sessions.get(event.session)
             if session is not None and session.is_lost(event.generation):
                 session.give_up()
-        else:
+        elif isinstance(event, Disconnected | Overflowed):
             self._drop_all(link, event)
 
     def _drop_all(self, link: _Link, event: Disconnected | Overflowed) -> None:

@@ -10,7 +10,7 @@ import grpc
 from outrider.actors.io_thread import IoThread
 from outrider.actors.mailboxes import Bell, Inbox, Outbox, first_of
 from outrider.actors.security import Security
-from outrider.actors.transport import Disconnected, Received
+from outrider.actors.transport import Received
 from outrider.actors.wire import MAX_MESSAGE_BYTES, METHOD, SERVICE, decode_drafter, encode_target
 from outrider.actors.wire_checks import one_line
 from outrider.speculation.errors import OutriderError, SlowPeerError, WireError
@@ -112,11 +112,9 @@ class GrpcDraftChannel:
 
     def receive(self) -> list[Received]:
         """See ``DraftChannel``."""
-        events = self._inbox.take()
-        for received, outbox in events:
-            if isinstance(received.event, Welcome | Disconnected):
-                self._outbox = outbox
-        return [received for received, _ in events]
+        arrived = self._inbox.take()
+        self._outbox = self._inbox.outbox
+        return arrived
 
     def close(self) -> None:
         """Ends the stream for good and waits until it is gone; may be called twice."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -80,15 +79,18 @@ class Bell:
 class Inbox:
     """What arrived on one channel and was not taken yet.
 
-    Each event comes with the outbox of the stream that began with it, or None. At most
-    ``max_messages`` and ``max_bytes`` (on the wire) are kept; what comes then is thrown away,
-    with one ``Overflowed`` in its place.
+    At most ``max_messages`` and ``max_bytes`` (on the wire) are kept; what comes then is thrown
+    away, with one ``Overflowed`` in its place.
+
+    outbox: of the stream that the events taken last belong to; None before and after one.
     """
 
     def __init__(self, bell: Bell, *, max_messages: int, max_bytes: int) -> None:
         self._bell = bell
         self._max_messages, self._max_bytes = max_messages, max_bytes
-        self._events: deque[tuple[Received, Outbox | None]] = deque()
+        self.outbox: Outbox | None = None
+        self._events: list[Received] = []
+        self._outbox: Outbox | None = None
         self._bytes = 0
         self._overflowed = False
         self._closed = False
@@ -102,14 +104,15 @@ class Inbox:
             fits = len(self._events) < self._max_messages and self._bytes + num_bytes <= self._max_bytes
             if not fits and not self._overflowed:
                 self._overflowed = True
-                self._add(Received(Overflowed(), 0), None)
+                self._add(Received(Overflowed(), 0))
             return fits
 
     def put(self, received: Received, outbox: Outbox | None = None) -> None:
-        """Adds what arrived, from the I/O thread."""
+        """Adds what arrived, from the I/O thread. outbox: of the stream that begins with it."""
         with self._bell.changed:
             self._bytes += received.num_bytes
-            self._add(received, outbox)
+            self._outbox = outbox or self._outbox
+            self._add(received)
 
     def lose(self, reason: str, *, lasting: bool = False) -> None:
         """The stream is gone: what it brought and nobody took goes with it.
@@ -118,12 +121,13 @@ class Inbox:
         """
         with self._bell.changed:
             self._clear()
-            self._add(Received(Disconnected(reason, lasting), 0), None)
+            self._outbox = None
+            self._add(Received(Disconnected(reason, lasting), 0))
 
-    def take(self) -> list[tuple[Received, Outbox | None]]:
+    def take(self) -> list[Received]:
         """Everything, in order; from the one thread that receives."""
         with self._bell.changed:
-            events = list(self._events)
+            events, self.outbox = self._events, self._outbox
             self._clear()
             return events
 
@@ -131,16 +135,17 @@ class Inbox:
         """Empties the inbox for good."""
         with self._bell.changed:
             self._clear()
+            self._outbox = None
             self._closed = True
 
-    def _add(self, received: Received, outbox: Outbox | None) -> None:
+    def _add(self, received: Received) -> None:
         if not self._closed:
-            self._events.append((received, outbox))
+            self._events.append(received)
             self._bell.filled.add(self)
             self._bell.changed.notify_all()
 
     def _clear(self) -> None:
-        self._events.clear()
+        self._events = []
         self._bytes = 0
         self._overflowed = False
         self._bell.filled.discard(self)

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
-from outrider.actors.transport import DraftChannel
+from outrider.actors.growth_tally import NO_GENERATION, Tally, tally
+from outrider.actors.transport import DraftChannel, Received
 from outrider.speculation.living_tree import LivingTree, Reroot
 from outrider.speculation.pipelines.actions import Round
-from outrider.speculation.replication.messages import Close, Commit, Growth, GrowthLimits, Open, TargetMessage
+from outrider.speculation.replication.messages import Close, Commit, GrowthLimits, Open, TargetMessage
 from outrider.speculation.replication.replica import GapError, Replica
 from outrider.speculation.replication.text import CommittedText
 from outrider.speculation.request import Request
@@ -54,7 +55,7 @@ class RemoteSession:
         self._channel: DraftChannel | None = None
         self._replica: Replica | None = None
         self._generation = self._sequence = 0
-        self._pending: list[Growth] = []
+        self._pending: list[Tally] = []
         self._heard = False
         self._unseen_since = 0.0
         self._backoff = FIRST_BACKOFF
@@ -99,20 +100,21 @@ class RemoteSession:
             )
         )
 
-    def receive(self, growth: Growth, num_bytes: int) -> bool:
-        """Keeps growth for the next ``absorb``; False if it is of an earlier generation."""
-        if growth.generation != self._generation or self._replica is None:
-            self.stats.stale_messages += 1
-            self.stats.stale_nodes += len(growth.tokens)
-            return False
-        self.stats.growth_messages += 1
-        self.stats.growth_nodes += len(growth.tokens)
-        self.stats.growth_bytes += num_bytes
-        self.stats.draft_steps += growth.draft_steps
-        self.stats.draft_rows += growth.draft_rows
-        self.stats.draft_seconds += growth.draft_seconds
-        self._pending.append(growth)
-        return True
+    def receive(self, arrived: list[Received]) -> Tally:
+        """Keeps growth of this generation for the next ``absorb``; ``arrived`` holds nothing else."""
+        generation = NO_GENERATION if self._replica is None else self._generation
+        received, stats = tally(arrived, generation, self._sequence), self.stats
+        stats.stale_messages += received.stale_messages
+        stats.stale_nodes += received.stale_nodes
+        if received.messages:
+            stats.growth_messages += len(received.messages)
+            stats.growth_nodes += received.nodes
+            stats.growth_bytes += received.num_bytes
+            stats.draft_steps += received.draft_steps
+            stats.draft_rows += received.draft_rows
+            stats.draft_seconds += received.draft_seconds
+            self._pending.append(received)
+        return received
 
     def absorb(self) -> None:
         """Places what was received in the tree; gives the generation up if that makes no sense."""
@@ -122,7 +124,8 @@ class RemoteSession:
         try:
             self._require_plausible(pending)
             seen_before = self._replica.seen_commit
-            self.stats.stale_nodes += self._replica.apply(pending).stale
+            messages = [message for received in pending for message in received.messages]
+            self.stats.stale_nodes += self._replica.apply(messages).stale
         except GapError:
             self.give_up()
             return
@@ -188,23 +191,23 @@ class RemoteSession:
         assert self._channel is not None
         self.stats.sent_bytes += self._channel.send(message)
 
-    def _require_plausible(self, growths: list[Growth]) -> None:
-        if sum(len(growth.tokens) for growth in growths) > MAX_PENDING_NODES:
+    def _require_plausible(self, pending: list[Tally]) -> None:
+        if sum(received.nodes for received in pending) > MAX_PENDING_NODES:
             raise GapError("more growth than anyone can use")
-        if max(growth.seen_commit for growth in growths) > self._sequence:
+        if max(received.seen_commit for received in pending) > self._sequence:
             raise GapError(f"the drafter has seen more than {self._sequence} commits")
 
-    def _note_progress(self, growths: list[Growth], seen_before: int) -> None:
+    def _note_progress(self, pending: list[Tally], seen_before: int) -> None:
         assert self._replica is not None
         now = self._clock()
-        current = [growth for growth in growths if growth.seen_commit == self._sequence]
         seen = self._replica.seen_commit
         if not self._heard or seen > seen_before:
             self._unseen_since = now
         self._heard = True
         if seen > 0:
             self._backoff = FIRST_BACKOFF
-        self.round.steps += sum(growth.draft_steps for growth in current)
-        self.round.seconds += sum(growth.draft_seconds for growth in current)
-        if current and current[-1].final:
-            self.round.ended = now
+        for received in pending:
+            self.round.steps += received.round_steps
+            self.round.seconds += received.round_seconds
+            if received.round_ended:
+                self.round.ended = now

@@ -108,7 +108,10 @@ class Controller:
             async with asyncio.timeout(seconds), self._changed:
                 await self._changed.wait_for(lambda: self._hopeless or not self._unready)
         except TimeoutError:
-            late = ", ".join(f"{each.name} is {each.phase}" for each in self._unready)
+            late = ", ".join(
+                f"{each.name} is {each.phase}" + (f" ({each.note})" if each.note else "")
+                for each in self._unready
+            )
             raise WorkerError(f"the cluster is not ready after {seconds:g} s: {late}") from None
         if self._hopeless:
             raise WorkerError("; ".join(self._hopeless))
@@ -143,7 +146,12 @@ class Controller:
     @property
     def _hopeless(self) -> list[str]:
         """Why members will not serve soon: no room, or settings that do not work."""
-        stuck = [each for each in self._unready if each.note and each.phase in (Phase.PLACING, Phase.FAILED)]
+        stuck = [
+            each
+            for each in self._unready
+            # An older start's last words are no reason to give this one up.
+            if each.phase is Phase.FAILED or (each.phase is Phase.PLACING and each.no_room)
+        ]
         return [f"{each.name}: {each.note}" for each in stuck]
 
     def _perform(self, actions: Sequence[Action]) -> None:

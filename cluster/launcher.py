@@ -5,12 +5,14 @@ import json
 import os
 import secrets
 import select
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from outrider.actors.security import Security
@@ -37,8 +39,10 @@ class _Worker:
 
     def listen(self) -> None:
         """Keeps the last lines of standard error from now on, so that the pipe never fills."""
-        self.listener = threading.Thread(target=self._read_complaints, daemon=True)
-        self.listener.start()
+        listener = threading.Thread(target=self._read_complaints, daemon=True)
+        listener.start()
+        # Not sooner: one that could not start cannot be joined.
+        self.listener = listener
 
     def _read_complaints(self) -> None:
         assert self.process.stderr is not None
@@ -82,8 +86,9 @@ class LocalWorkers:
         """After ``close``: what each worker that ended in good order says it did."""
         try:
             for index in range(count):
-                self._workers.append(self._start(index, 0))
-                self._workers[-1].listen()
+                with _uninterrupted():
+                    self._workers.append(self._start(index, 0))
+                    self._workers[-1].listen()
             for worker in self._workers:
                 worker.address = _announced_address(worker)
         except BaseException:
@@ -114,20 +119,22 @@ class LocalWorkers:
         worker = self._workers[index]
         worker.process.kill()
         _finish(worker)
-        # The address stays, so that a restart that failed can be tried again.
-        self._workers[index] = self._start(index, int(worker.address.rpartition(":")[2]))
-        self._workers[index].address = worker.address
-        self._workers[index].listen()
+        with _uninterrupted():
+            # The address stays, so that a restart that failed can be tried again.
+            self._workers[index] = self._start(index, int(worker.address.rpartition(":")[2]))
+            self._workers[index].address = worker.address
+            self._workers[index].listen()
         _announced_address(self._workers[index])
 
     def close(self) -> None:
         """Ends all workers and waits until they are gone; may be called twice."""
-        for worker in self._workers:
-            # Their signal to stop; one that hangs is killed.
-            assert worker.process.stdin is not None
-            with contextlib.suppress(OSError):
-                worker.process.stdin.close()
-            worker.process.terminate()
+        with _uninterrupted():
+            for worker in self._workers:
+                # Their signal to stop; one that hangs is killed.
+                assert worker.process.stdin is not None
+                with contextlib.suppress(OSError):
+                    worker.process.stdin.close()
+                worker.process.terminate()
         deadline = time.monotonic() + STOP_SECONDS
         for worker in self._workers:
             try:
@@ -155,12 +162,32 @@ class LocalWorkers:
         return _Worker(process)
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block: nothing is started without being known to its owner."""
+    handler = signal.getsignal(signal.SIGINT)
+    # Only a function of the main thread's can interrupt it, and nothing interrupts other threads.
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    try:
+        signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
+
+
 def _announced_address(worker: _Worker) -> str:
     """Waits until it says where it listens."""
     assert worker.process.stdout is not None
     # Without a thread that could outlive a Ctrl-C; the address is one line, written at once.
-    ready, _, _ = select.select([worker.process.stdout], [], [], START_SECONDS)
-    if not ready:
+    # Unlike select(), poll() knows descriptors beyond 1023.
+    poll = select.poll()
+    poll.register(worker.process.stdout, select.POLLIN)
+    if not poll.poll(START_SECONDS * 1000):
         worker.process.kill()
         raise WorkerError(f"a draft worker did not start within {START_SECONDS:g} s")
     line = worker.process.stdout.readline()
@@ -174,14 +201,15 @@ def _announced_address(worker: _Worker) -> str:
 def _last_words(worker: _Worker) -> list[dict[str, Any]]:
     """The statistics that a worker prints when it ends."""
     assert worker.process.stdout is not None
+    if worker.process.stdout.closed:  # by a restart that then failed
+        return []
     lines = [json.loads(line) for line in worker.process.stdout.read().splitlines()]
     return [line["statistics"] for line in lines if "statistics" in line]
 
 
 def _finish(worker: _Worker) -> None:
     worker.process.wait()
-    # A thread that Ctrl-C kept from starting cannot be joined.
-    if worker.listener is not None and worker.listener.ident is not None:
+    if worker.listener is not None:
         worker.listener.join()
     for pipe in (worker.process.stdin, worker.process.stdout, worker.process.stderr):
         if pipe is not None:

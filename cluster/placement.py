@@ -1,6 +1,6 @@
 """What of a cluster would run where: plain arithmetic over nodes and what they offer."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from outrider.cluster.cluster_config import ClusterConfig, Resources
@@ -49,20 +49,21 @@ def needs_of(config: ClusterConfig) -> list[Need]:
 
 def plan(needs: Iterable[Need], nodes: Iterable[Node]) -> Plan:
     """Places needs one after the other on the node with the most room left, as Ray would try to."""
+    # By number: nodes of one machine, as in tests, may share a name.
     nodes = list(nodes)
-    free = {node.name: dict(node.resources) for node in nodes}
-    labels = {node.name: node.labels for node in nodes}
+    free = [dict(node.resources) for node in nodes]
     places: dict[str, str] = {}
     problems: list[str] = []
     for need in needs:
         bundle = {name: amount * need.ranks for name, amount in need.each.bundle.items()}
-        suitable = [name for name in free if _has_labels(labels[name], need.each.labels)]
-        fitting = [name for name in suitable if _fits(bundle, free[name])]
+        suitable = [index for index, node in enumerate(nodes) if _has_labels(node.labels, need.each.labels)]
+        fitting = [index for index in suitable if _fits(bundle, free[index])]
         if not fitting:
-            problems.append(_problem(need, bundle, suitable, free))
+            left = [(nodes[index].name, free[index]) for index in suitable]
+            problems.append(_problem(need, bundle, left, len(nodes)))
             continue
-        best = max(fitting, key=lambda name: (_room(bundle, free[name]), name))
-        places[need.name] = best
+        best = max(fitting, key=lambda index: (_room(bundle, free[index]), nodes[index].name))
+        places[need.name] = nodes[best].name
         for resource, amount in bundle.items():
             free[best][resource] -= amount
     return Plan(places=places, problems=problems)
@@ -82,17 +83,18 @@ def _room(bundle: Mapping[str, float], free: Mapping[str, float]) -> float:
 
 
 def _problem(
-    need: Need, bundle: Mapping[str, float], suitable: list[str], free: Mapping[str, Mapping[str, float]]
+    need: Need, bundle: Mapping[str, float], left: Sequence[tuple[str, Mapping[str, float]]], num_nodes: int
 ) -> str:
+    """left: what nodes with its labels have left, of all ``num_nodes``."""
     wanted = ", ".join(_amounts(bundle)) or "nothing"
-    if not suitable:
+    if not left:
         labels = ", ".join(f"{name}={value}" for name, value in need.each.labels.items())
-        return f"{need.name} wants a node with {labels}, and none of {len(free)} has these labels"
+        return f"{need.name} wants a node with {labels}, and none of {num_nodes} has these labels"
     offers = "; ".join(
-        f"{name} has {', '.join(_amounts({each: free[name].get(each, 0.0) for each in bundle}))}"
-        for name in suitable[:4]
+        f"{name} has {', '.join(_amounts({each: free.get(each, 0.0) for each in bundle}))}"
+        for name, free in left[:4]
     )
-    more = f" and {len(suitable) - 4} more nodes have no room either" if len(suitable) > 4 else ""
+    more = f" and {len(left) - 4} more nodes have no room either" if len(left) > 4 else ""
     return f"{need.name} needs {wanted} on one node; left are: {offers}{more}"
 
 

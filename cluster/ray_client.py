@@ -17,7 +17,7 @@ from outrider.cluster.controller_host import ControllerHost
 from outrider.cluster.generation import Prompt
 from outrider.cluster.placement import Node, needs_of, plan
 from outrider.cluster.resumption import Progress
-from outrider.speculation.errors import ClusterError, OutriderError
+from outrider.speculation.errors import ClusterError, OutriderError, TargetLostError
 from outrider.speculation.request import Request, StepEvent
 from outrider.speculation.sampling_params import SamplingParams
 
@@ -123,10 +123,17 @@ class RayController:
         speculative: bool,
         pipeline: str | None,
     ) -> tuple[str, list[Request]]:
-        """See ``TextGenerator.prepare``."""
-        prepared: tuple[str, list[Request]] = _get(
-            target.prepare.remote(prompt, params, speculative, pipeline)
-        )
+        """See ``TextGenerator.prepare``.
+
+        Raises:
+            TargetLostError: the target is gone.
+        """
+        try:
+            prepared: tuple[str, list[Request]] = _get(
+                target.prepare.remote(prompt, params, speculative, pipeline)
+            )
+        except RayActorError:
+            raise TargetLostError("the target died before it was asked") from None
         return prepared
 
     @contextmanager
@@ -157,7 +164,13 @@ def start_controller(
         ClusterError: a cluster of that name is up, or there is no room for this one.
     """
     require_room(config)
-    options: dict[str, Any] = {"name": controller_name(config.name), "num_cpus": 0, "max_concurrency": 1000}
+    options: dict[str, Any] = {
+        "name": controller_name(config.name),
+        "num_cpus": 0,
+        # Nothing survives the head; on another node the cluster would end with that one, too.
+        "resources": {"node:__internal_head__": 0.001},
+        "max_concurrency": 1000,
+    }
     if detached:
         options["lifetime"] = "detached"
     actor_class: Any = ray.remote(ControllerHost).options(**options)

@@ -58,7 +58,12 @@ class Cluster(TextGenerator):
         pipeline: str | None = None,
     ) -> tuple[str, list[Request]]:
         """See ``TextGenerator``."""
-        return self._controller.prepare(self._some_target(), prompt, params, speculative, pipeline)
+        while True:
+            name, target = self._some_target()
+            try:
+                return self._controller.prepare(target, prompt, params, speculative, pipeline)
+            except TargetLostError:
+                self._targets = self._others(name, target)
 
     def steps(self, request: Request) -> Iterator[Item]:
         """See ``TextGenerator``. If its target dies, another one goes on with the same tokens.
@@ -135,7 +140,7 @@ class Cluster(TextGenerator):
     def _lost(self, name: str, calls: Any) -> list[Progress]:
         """What a dead target leaves behind, for the others to go on with."""
         orphans = [each for call in calls.drop(name) for each in call.items if not each.finished]
-        self._targets = {each: target for each, target in self._controller.targets().items() if each != name}
+        self._targets = self._others(name, self._targets.get(name))
         if not self._targets:
             raise TargetLostError(
                 f"{name} died with {len(orphans)} requests in flight and there is no other target; "
@@ -143,12 +148,17 @@ class Cluster(TextGenerator):
             )
         return orphans
 
-    def _some_target(self) -> Any:
+    def _others(self, name: str, dead: Any) -> dict[str, Any]:
+        """The targets that serve; the controller may not know yet that this one died."""
+        targets = self._controller.targets()
+        return {each: target for each, target in targets.items() if each != name or target != dead}
+
+    def _some_target(self) -> tuple[str, Any]:
         if not self._targets:
             self._targets = self._controller.targets()
         if not self._targets:
             raise ClusterError(f"no target of cluster {self.config.name!r} serves: {self._why()}")
-        return next(iter(self._targets.values()))
+        return next(iter(self._targets.items()))
 
     def _why(self) -> str:
         return "; ".join(self.failures().values()) or "none is ready"

@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -22,6 +22,8 @@ GROUP_SECONDS = 3.0
 WORKER_SECONDS = 15.0
 """After which it is said that there is no room; placing goes on. For a draft worker its process
 must have started too."""
+_NOTHING = {"memory": 1.0}
+"""A byte; Ray refuses empty bundles."""
 
 
 class RayLauncher:
@@ -76,7 +78,7 @@ class RayLauncher:
 
     async def _target(self, need: Need, addresses: list[str], reports: Reports) -> None:
         group = placement_group(
-            [need.each.bundle] * need.ranks,
+            [need.each.bundle or _NOTHING] * need.ranks,
             strategy="STRICT_PACK",
             bundle_label_selector=[dict(need.each.labels)] * need.ranks,
         )
@@ -132,8 +134,9 @@ async def _reported(life: Coroutine[Any, Any, None], reports: Reports) -> None:
     except OutriderError as error:
         reports.ended(_line(error), lasting=is_lasting(error))
     except RayActorError as error:
-        reports.ended(f"its process died: {_line(error)}")
-    except (RayError, TimeoutError) as error:
+        # Of what ended a process at its very start Ray shows the traceback; what counts comes last.
+        reports.ended(f"its process died: {_line(error, -1 if error.actor_init_failed else 0)}")
+    except Exception as error:  # whatever it is, the member must not look as if it were on its way
         reports.ended(_line(error))
 
 
@@ -182,6 +185,6 @@ def _located(host: Callable[..., Any]) -> type:
     return Located
 
 
-def _line(error: BaseException) -> str:
+def _line(error: BaseException, number: int = 0) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[number] if lines else type(error).__name__

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from outrider.speculation.errors import ClusterError, InvalidConfigError
 
 OLDEST_RAY = (2, 55)
 NAMESPACE = "outrider"
+CONNECT_SECONDS = 3.0
 OBJECT_STORE_BYTES = 100 << 20
 """Only small messages pass through Ray."""
 _SETTINGS = {
@@ -75,6 +77,7 @@ def local_ray(*, debug: bool = False) -> Iterator[None]:
                     namespace=NAMESPACE,
                     _temp_dir=folder,
                 )
+            _keep_quiet(unless=debug)
             try:
                 yield
             finally:
@@ -101,7 +104,9 @@ def attached_ray(address: str, token: str | None, *, debug: bool = False) -> Ite
         import ray
 
         with _as_cluster_error(f"no Ray cluster can be reached at {address}"):
+            _require_listener(address)
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=debug, configure_logging=False)
+        _keep_quiet(unless=debug)
         try:
             yield
         finally:
@@ -135,10 +140,24 @@ def _choose_token() -> None:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
 
 
+def _require_listener(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+
+
 def _refuse_second_connection() -> None:
     ray: Any = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         raise ClusterError("this process is connected to a Ray cluster already; close that one first")
+
+
+def _keep_quiet(*, unless: bool) -> None:
+    """Ray tells of dead processes on standard output, where only texts belong, whatever it was asked."""
+    import ray._private.worker
+
+    vars(ray._private.worker)["_worker_logs_enabled"] = unless
 
 
 def _short_folder() -> str | None:

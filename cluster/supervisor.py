@@ -60,13 +60,17 @@ Action = Launch | Discard
 
 @dataclass(slots=True, kw_only=True)
 class MemberState:
-    """note: for people, why it is not ready. starts: how often it was launched."""
+    """note: for people, why it is not ready. starts: how often it was launched.
+
+    no_room: since it was launched last, no place was found.
+    """
 
     name: str
     role: Role
     phase: Phase = Phase.WAITING
     epoch: int = 0
     note: str = ""
+    no_room: bool = False
     starts: int = 0
     pause: float = FIRST_PAUSE
     due: float = 0.0
@@ -89,6 +93,7 @@ class Supervisor:
                 self._epoch += 1
                 member.epoch, member.phase = self._epoch, Phase.PLACING
                 member.starts += 1
+                member.no_room = False
                 actions.append(Launch(member=member.name, epoch=member.epoch))
         return actions
 
@@ -101,12 +106,12 @@ class Supervisor:
     def unplaced(self, name: str, epoch: int, reason: str) -> None:
         """There is no room yet; placing goes on."""
         if member := self._current(name, epoch, Phase.PLACING):
-            member.note = reason
+            member.note, member.no_room = reason, True
 
     def placed(self, name: str, epoch: int) -> None:
         """All its ranks have a place."""
         if member := self._current(name, epoch, Phase.PLACING):
-            member.phase, member.note = Phase.STARTING, ""
+            member.phase, member.note, member.no_room = Phase.STARTING, "", False
 
     def started(self, name: str, epoch: int, now: float) -> bool:
         """All its ranks serve; False if that epoch is over."""

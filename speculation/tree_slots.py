@@ -1,6 +1,6 @@
 """Storage of a living tree: nodes as flat arrays, each known by a stable slot."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,24 @@ class TreeSlots:
 
     def __len__(self) -> int:
         return self.capacity - self._num_free
+
+    @property
+    def storage(self) -> tuple[npt.NDArray[Any], ...]:
+        """The arrays that native code works on; all but the free list end with the root.
+
+        Tokens, parents, depths, births, keys, the free list, path scores, expanded.
+        """
+        whole = (self._tokens, self._parents, self._depths, self._births, self._keys)
+        return (*whole, self._free, self._scores, self._expanded)
+
+    @property
+    def counters(self) -> tuple[int, int]:
+        """How much of the free list counts, and the next birth; native code sets them anew."""
+        return self._num_free, self._next_birth
+
+    @counters.setter
+    def counters(self, values: tuple[int, int]) -> None:
+        self._num_free, self._next_birth = values
 
     @property
     def slots(self) -> IntArray:

@@ -8,12 +8,14 @@ import logging
 import os
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
 import torch
 
 if TYPE_CHECKING:
     from outrider.kernels.native._linear import Packed
+    from outrider.kernels.native._replication import Grafter, Tallier
 
 VARIABLE = "OUTRIDER_CPU_KERNEL"
 KINDS = {torch.bfloat16: 0, torch.float32: 1}
@@ -60,10 +62,48 @@ def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> "Packed | None":
     return packed
 
 
+def grafter(
+    message: type,
+    tree: tuple[npt.NDArray[Any], ...],
+    window: tuple[npt.NDArray[Any], ...],
+    *,
+    vocab_size: int,
+    max_depth: int,
+    smallest_score: float,
+) -> "Grafter | None":
+    """What places growth in these arrays, which must not be replaced; None without the module.
+
+    message: the class of messages. tree: see ``TreeSlots.storage``. window: slots, births and
+    positions by id, int64 ``[window]``. The rest limits what is placed.
+    """
+    module = _load_replication()
+    if module is None:
+        return None
+    made: Grafter = module.Grafter(message, tree, window, vocab_size, max_depth, smallest_score)
+    return made
+
+
+def tallier(received: type, growth: type) -> "Tallier | None":
+    """What sums up messages of these classes; None without the module."""
+    module = _load_replication()
+    return None if module is None else module.Tallier(received, growth)
+
+
 @cache
-def notice() -> None:
-    """Says, once, that linear layers are PyTorch's own."""
-    logging.getLogger(__name__).warning(
-        "native linear layers are %s: PyTorch's own are used, which are slower",
-        f"switched off by {VARIABLE}" if os.environ.get(VARIABLE) == "off" else "not built",
-    )
+def _load_replication() -> ModuleType | None:
+    if os.environ.get(VARIABLE) != "off":
+        try:
+            from outrider.kernels.native import _replication
+        except ImportError:
+            pass
+        else:
+            return _replication
+    notice("reconciliation is", "NumPy is used, which is")
+    return None
+
+
+@cache
+def notice(what: str = "linear layers are", instead: str = "PyTorch's own are used, which are") -> None:
+    """Says, once, what is computed without a native module."""
+    why = f"switched off by {VARIABLE}" if os.environ.get(VARIABLE) == "off" else "not built"
+    logging.getLogger(__name__).warning("native %s %s: %s slower", what, why, instead)

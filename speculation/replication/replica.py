@@ -1,19 +1,25 @@
 """The target's end of one generation: a drafter's growth becomes nodes of the target's tree.
 
-All of it is array work on a batch of messages: O(new nodes), never a Python loop over them.
+All of it is array work on a batch of messages: O(new nodes), never a Python loop over them. Where
+the native module was built, it does the same in one call, but for what it leaves to the arrays.
 Nothing that arrives is trusted, and what cannot be placed is dropped and counted.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from outrider.speculation.living_tree import LivingTree, Reroot
+from outrider.kernels.native import library
+from outrider.speculation.living_tree import SMALLEST_SCORE, LivingTree, Reroot
 from outrider.speculation.replication.messages import ROOT_ID, Growth
 from outrider.speculation.replication.text import CommittedText
-from outrider.speculation.tree import ROOT
+from outrider.speculation.tree import MAX_TREE_DEPTH, ROOT
 from outrider.speculation.types import BoolArray, FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from outrider.kernels.native._replication import Grafter
 
 WINDOW = 8192
 """Ids of a generation that are remembered; growth below older ones is dropped."""
@@ -54,13 +60,44 @@ class Replica:
         # Ascending: whatever is committed later lies below, and is younger.
         self._committed_births = np.zeros(0, np.int64)
         self._committed_positions = np.zeros(0, np.int64)
+        self._grafter = library.grafter(
+            Growth,
+            tree.storage,
+            (self._slots, self._births, self._positions),
+            vocab_size=vocab_size,
+            max_depth=MAX_TREE_DEPTH,
+            smallest_score=SMALLEST_SCORE,
+        )
 
-    def apply(self, messages: Sequence[Growth]) -> Placed:
+    def apply(self, messages: list[Growth]) -> Placed:
         """Adds what the messages brought, in order.
 
         Raises:
             GapError: a message is missing, or tokens or positions are impossible.
         """
+        placed = None if self._grafter is None else self._apply_natively(self._grafter, messages)
+        return self._apply_by_arrays(messages) if placed is None else placed
+
+    def _apply_natively(self, grafter: "Grafter", messages: list[Growth]) -> Placed | None:
+        """None, and nothing has changed, if two nodes are one or the messages make no sense."""
+        done = grafter.place(
+            messages,
+            self._next_id,
+            *self.tree.counters,
+            self.text.ids,
+            self._committed_births,
+            self._committed_positions,
+        )
+        if done is None:
+            return None
+        nodes, stale, num_free, next_birth, last = done
+        self._next_id += nodes
+        self.tree.counters = num_free, next_birth
+        if last is not None:
+            self._forget_acknowledged(last)
+        return Placed(nodes, stale)
+
+    def _apply_by_arrays(self, messages: list[Growth]) -> Placed:
         fresh = [message for message in messages if self._is_next(message)]
         if not fresh:
             return Placed(0, 0)
@@ -177,7 +214,7 @@ class Replica:
     def _forget_acknowledged(self, last: Growth) -> None:
         """The drafter names committed nodes no more once it has re-rooted its own tree."""
         self.seen_commit = max(self.seen_commit, last.seen_commit)
-        keep = np.searchsorted(self._committed_positions, last.base_length)
+        keep = self._committed_positions.searchsorted(last.base_length)
         if keep:
             self._committed_births = self._committed_births[keep:]
             self._committed_positions = self._committed_positions[keep:]

@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from outrider.cluster.llm import LLM
+    from outrider.cluster.ray_cluster import Cluster
     from outrider.speculation.sampling_params import SamplingParams
 
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "Cluster", "SamplingParams"]
 __version__ = "0.1.0"
 
 
@@ -16,6 +17,10 @@ def __getattr__(name: str) -> Any:
         from outrider.cluster.llm import LLM
 
         return LLM
+    if name == "Cluster":
+        from outrider.cluster.ray_cluster import Cluster
+
+        return Cluster
     if name == "SamplingParams":
         from outrider.speculation.sampling_params import SamplingParams
 

@@ -11,8 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from instruments.processes import accepted, children, complete, open_files, runs, until
@@ -25,12 +24,22 @@ COMMAND = [sys.executable, "-m", "outrider.cluster.cli.main", "generate", "--wor
 LONG = [f"--prompt={number}" for number in range(300)]
 PARAMS = SamplingParams(temperature=0, max_tokens=20)
 CONFIG = {"workers": "local:2", "pipeline": "serial", "tree": {"adaptive": False}}
+START_SECONDS = 90.0
+"""More than a process takes to import everything while others want the cores, too."""
 BY_FILE = {"model": str(Path(launcher.__file__).parents[1] / "models/demo/draft")}
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Gives SIGINT its meaning here: in the background of a script it is ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 def owned_threads() -> list[threading.Thread]:
     """Threads of this process that are ours; gRPC keeps one of its own."""
-    ours = ("outrider", "_listen", "end_it", "Timer")
+    ours = ("outrider", "_read_complaints")
     return [each for each in threading.enumerate() if any(name in repr(each) for name in ours)]
 
 
@@ -119,19 +128,39 @@ def has_worker(process: subprocess.Popen[bytes]) -> bool:
     return bool(children(process.pid))
 
 
-@pytest.mark.parametrize("moment", ["start-up", "loading", "mid-stream"])
+def has_torch(pid: int) -> bool:
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
+def workers_at(moment: str, process: subprocess.Popen[bytes], screen: int) -> list[int]:
+    """Waits for a moment of a run; the workers that it has by then."""
+    # Before it runs any of our code, Python itself answers the signal.
+    assert until(lambda: has_torch(process.pid), START_SECONDS)
+    if moment == "start-up":
+        return []
+    # Without a pause, a new process is seen while it is still being started.
+    assert until(lambda: has_worker(process), START_SECONDS, pause=0.0 if moment == "forked" else 0.02)
+    workers = children(process.pid)
+    if moment == "forked":
+        return workers
+    assert until(lambda: has_torch(workers[0]), START_SECONDS)
+    if moment == "mid-stream":
+        await_output(process, screen)
+    return workers
+
+
+def await_output(process: subprocess.Popen[bytes], screen: int) -> None:
+    assert process.stderr is not None
+    try:
+        assert os.read(screen, 1)
+    except OSError:  # nobody has the terminal any more
+        pytest.fail(f"it ended before it wrote anything: {process.stderr.read().decode()}")
+
+
+@pytest.mark.parametrize("moment", ["start-up", "forked", "loading", "mid-stream"])
 def test_ctrl_c_ends_everything(moment: str) -> None:
     with generating(*LONG) as (process, screen):
-        if moment == "start-up":
-            # Before it runs any of our code, Python itself answers the signal.
-            assert until(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
-        else:
-            assert until(lambda: has_worker(process))
-            (worker,) = children(process.pid)
-            assert until(lambda: "libtorch" in Path(f"/proc/{worker}/maps").read_text())
-        workers = children(process.pid)
-        if moment == "mid-stream":
-            assert os.read(screen, 1)
+        workers = workers_at(moment, process, screen)
         os.killpg(process.pid, signal.SIGINT)
         began = time.monotonic()
         _, error = process.communicate(timeout=60)
@@ -191,22 +220,42 @@ def _drain(screen: int) -> None:
         return
 
 
-def test_an_interrupted_start_leaves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A running timer would keep the process alive for two minutes."""
+def interrupted_wait() -> None:
+    raise KeyboardInterrupt
 
-    def interrupt() -> None:
-        raise KeyboardInterrupt
 
-    class Interrupted(subprocess.Popen[str]):
-        def __init__(self, *arguments: Any, **settings: Any) -> None:
-            super().__init__(*arguments, **settings)
-            assert self.stdout is not None
-            self.stdout = cast(
-                Any, SimpleNamespace(readline=interrupt, read=self.stdout.read, close=self.stdout.close)
-            )
+class InterruptedPopen(subprocess.Popen[str]):
+    """Ctrl-C comes as soon as there is a process."""
 
-    before = set(threading.enumerate())
-    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize(
+    "interruption", [(launcher.select, "poll", interrupted_wait), (subprocess, "Popen", InterruptedPopen)]
+)
+def test_an_interrupted_start_leaves_nothing(
+    interruption: tuple[Any, str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, threads = children(os.getpid()), set(threading.enumerate())
+    monkeypatch.setattr(*interruption)
     with pytest.raises(KeyboardInterrupt):
-        LocalWorkers(1, ["--threads", "0"])
-    assert not [each for each in threading.enumerate() if each not in before and not each.daemon]
+        LocalWorkers(1, [])
+    assert children(os.getpid()) == before
+    assert set(threading.enumerate()) <= threads
+
+
+def test_after_a_restart_that_failed_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError("no more processes")
+
+    before, threads = children(os.getpid()), set(threading.enumerate())
+    workers = LocalWorkers(1, [])
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(BlockingIOError, match="no more processes"):
+        workers.restart(0)
+    workers.close()
+    assert children(os.getpid()) == before
+    assert set(threading.enumerate()) <= threads

@@ -1,6 +1,6 @@
 """Faults that ``unit/test_mutations.py`` puts into the engine on purpose."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from outrider.actors import model_runner
+from outrider.actors.growth_tally import Tally
 from outrider.actors.remote_session import RemoteSession
+from outrider.actors.transport import Received
+from outrider.kernels.native import library
 from outrider.kernels.tree_attention import AttentionGroup
 from outrider.models import batch
 from outrider.models.batch import Rows
@@ -154,10 +157,21 @@ def accept_orphans(tree: DraftTree, target_tokens: IntArray) -> Verdict:
 def accept_any_generation(patch: pytest.MonkeyPatch) -> None:
     original = RemoteSession.receive
 
-    def received(self: RemoteSession, growth: Growth, num_bytes: int) -> bool:
-        return original(self, replace(growth, generation=self._generation), num_bytes)
+    def received(self: RemoteSession, arrived: list[Received]) -> Tally:
+        growths = [each.event for each in arrived if isinstance(each.event, Growth)]
+        return original(self, [Received(replace(each, generation=self._generation), 1) for each in growths])
 
     patch.setattr(RemoteSession, "receive", received)
+
+
+def on_arrays(fault: Callable[[pytest.MonkeyPatch], None]) -> Callable[[pytest.MonkeyPatch], None]:
+    """A fault of the reference, which then does all the work."""
+
+    def mutate(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(library, "grafter", lambda *_, **__: None)
+        fault(patch)
+
+    return mutate
 
 
 def drop_what_crossed(self: Replica, forest: Any) -> None:  # noqa: ARG001

@@ -16,13 +16,13 @@ PAUSE = 0.004
 """Between two steps: a draft worker on a busy core has to get its turn to be of use."""
 
 
-def until(condition: Callable[[], object], seconds: float = SECONDS) -> bool:
-    """Whether it comes true in time."""
+def until(condition: Callable[[], object], seconds: float = SECONDS, *, pause: float = 0.02) -> bool:
+    """Whether it comes true in time; ``pause`` seconds lie between two looks."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.02)
+        time.sleep(pause)
     return True
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from instruments.hostile import HostileChannel
 from outrider.actors import wire
 from outrider.actors.remote_session import RemoteSession
+from outrider.actors.transport import Received
 from outrider.actors.virtual import VirtualClock
 from outrider.speculation.living_tree import LivingTree
 from outrider.speculation.replication.messages import ROOT_ID, Commit, Growth, GrowthLimits, Open
@@ -231,10 +232,10 @@ def check_generations() -> None:
     session.give_up()
     session.open_at(channel, "drafter")
     old, new = chain_of(1, ROOT_ID, [4, 5], 3), chain_of(1, ROOT_ID, [6], 3)
-    session.receive(old, 1)
+    session.receive([Received(old, 1)])
     session.absorb()
     assert len(session.tree) == 0, "growth of an earlier generation was taken in"
     assert (stats.stale_messages, stats.stale_nodes) == (1, 2)
-    session.receive(replace(new, generation=2), 1)
+    session.receive([Received(replace(new, generation=2), 1)])
     session.absorb()
     assert texts_of(session.tree, request.prompt_ids) == {(1, 2, 3, 6)}

@@ -128,15 +128,19 @@ class Grafting:
         scores = rng.choice([0.0, 0.25, 0.5, 1.0], count) if rng.random() < 0.5 else rng.random(count)
         return parents, inside, rng.integers(0, self.vocab_size, count), scores
 
-    def require_sound(self) -> None:
+    def violations(self) -> list[str]:
+        """What no tree may be; one that cannot be selected from raises."""
         tree = self.tree
         live = tree.slots
         above = np.where(tree.parents[live] == ROOT, 1.0, tree.path_scores[tree.parents[live]])
-        assert (tree.path_scores[live] <= above).all(), "a child scores above its parent"
-        assert (tree.path_scores[live] >= SMALLEST_SCORE).all()
-        assert (tree.depths[live] <= MAX_TREE_DEPTH).all()
-        assert len(tree) <= self.capacity
         tree.select(self.capacity)
+        rules = {
+            "a child scores above its parent": (tree.path_scores[live] <= above).all(),
+            "a score is too small": (tree.path_scores[live] >= SMALLEST_SCORE).all(),
+            "a node is too deep": (tree.depths[live] <= MAX_TREE_DEPTH).all(),
+            "there are too many nodes": len(tree) <= self.capacity,
+        }
+        return [violation for violation, kept in rules.items() if not kept]
 
 
 def require_right_slots(tree: LivingTree, slots: IntArray, inside: IntArray, tokens: IntArray) -> None:
@@ -157,7 +161,7 @@ def test_a_forest_grafted_at_once_is_sound(seed: int) -> None:
         parents, inside, tokens, scores = grafting.forest()
         slots = grafting.tree.graft(parents, inside, tokens, scores)
         require_right_slots(grafting.tree, slots, inside, tokens)
-        grafting.require_sound()
+        assert grafting.violations() == []
 
 
 def forest_paths(tree: LivingTree, parents: IntArray, inside: IntArray, tokens: IntArray) -> set[Text]:

@@ -228,19 +228,19 @@ MUTATIONS = [
     ),
     Mutation(
         name="growth that crossed a commit not walked",
-        mutate=setting(Replica, "_walk", faults.drop_what_crossed),
+        mutate=faults.on_arrays(setting(Replica, "_walk", faults.drop_what_crossed)),
         check=on_table(check_crossing),
         caught_by=f"{REPLICA}::test_growth_that_crossed_a_commit_is_walked_down_the_committed_tokens",
     ),
     Mutation(
         name="a committed node's alias off by one position",
-        mutate=faults.shift_aliases,
+        mutate=faults.on_arrays(faults.shift_aliases),
         check=on_table(check_aliases),
         caught_by=f"{REPLICA}::test_a_committed_node_stays_the_parent_of_later_growth",
     ),
     Mutation(
         name="an unacknowledged gap ignored",
-        mutate=faults.skip_gaps,
+        mutate=faults.on_arrays(faults.skip_gaps),
         check=on_table(check_gaps),
         caught_by=f"{REPLICA}::test_old_messages_are_ignored_and_gaps_are_not",
     ),

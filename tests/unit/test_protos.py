@@ -7,14 +7,14 @@ import pytest
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parents[2]
-GENERATED = ("speculation_pb2.py", "speculation_pb2.pyi", "speculation_pb2_grpc.py")
+GENERATED = ("speculation_pb2.py", "speculation_pb2.pyi")
 
 
 @pytest.fixture(scope="module")
 def regenerated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("protos")
     arguments = [f"-Ioutrider/protos={ROOT / 'protos'}", f"-I{Path(grpc_tools.__file__).parent / '_proto'}"]
-    arguments += [f"--{kind}_out={out}" for kind in ("python", "grpc_python", "pyi")]
+    arguments += [f"--{kind}_out={out}" for kind in ("python", "pyi")]
     assert protoc.main(["protoc", *arguments, str(ROOT / "protos" / "speculation.proto")]) == 0
     return out / "outrider" / "protos"
 

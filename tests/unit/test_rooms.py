@@ -14,18 +14,12 @@ MAY_IMPORT = {
     "actors": {"kernels", "models", "protos", "speculation"},
     "cluster": {"actors", "kernels", "models", "speculation"},
 }
-GENERATED = ("protos/speculation_pb2.py", "protos/speculation_pb2_grpc.py")
 ONLY_IN = {
     "ray": ("cluster/",),
-    "grpc": (
-        "actors/grpc_client.py",
-        "actors/grpc_server.py",
-        "actors/security.py",
-        "protos/speculation_pb2_grpc.py",
-    ),
+    "grpc": ("actors/grpc_client.py", "actors/grpc_server.py", "actors/security.py"),
     "grpc_health": ("actors/grpc_server.py",),
-    "google.protobuf": ("actors/wire.py", *GENERATED),
-    "outrider.protos": ("actors/wire.py", *GENERATED),
+    "google.protobuf": ("actors/wire.py", "protos/speculation_pb2.py"),
+    "outrider.protos": ("actors/wire.py",),
 }
 """Libraries that stay behind thin wrappers, and the files or rooms that hold them."""
 

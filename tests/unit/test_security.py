@@ -2,7 +2,6 @@
 
 import datetime
 import ipaddress
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,13 +37,6 @@ CALLS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def io() -> Iterator[IoThread]:
-    thread = IoThread()
-    yield thread
-    thread.close()
-
-
 @pytest.mark.parametrize(("kind", "method", "code"), CALLS)
 def test_every_call_needs_the_token(io: IoThread, kind: str, method: str, code: str) -> None:
     frames = [encode_target(HELLO)] if method.endswith(METHOD) else []
@@ -67,7 +59,7 @@ def test_watching_the_health_needs_the_token(io: IoThread) -> None:
 def test_a_target_gets_in_with_the_token_only(io: IoThread) -> None:
     with serving(io, security=Security(token=TOKEN)) as server:
         with connecting(io, security=Security(token=TOKEN)) as client:
-            next_event(client, client.connect(address_of(server), HELLO), Welcome)
+            assert next_event(client, client.connect(address_of(server), HELLO), Welcome) == WELCOME
         with connecting(io) as client:
             lost = next_event(client, client.connect(address_of(server), HELLO), Disconnected)
             assert lost.reason == "UNAUTHENTICATED: the cluster token is missing"
@@ -141,7 +133,7 @@ def test_certificates_of_one_authority_trust_each_other(
     certificate, key = authority.issue("target")
     security = Security(ca=authority.ca, certificate=certificate, key=key)
     with serving(io, security=mutual) as server, connecting(io, security=security) as client:
-        next_event(client, client.connect(address_of(server), HELLO), Welcome)
+        assert next_event(client, client.connect(address_of(server), HELLO), Welcome) == WELCOME
 
 
 def test_a_worker_without_an_authority_takes_any_target(io: IoThread, authority: Authority) -> None:
@@ -151,7 +143,7 @@ def test_a_worker_without_an_authority_takes_any_target(io: IoThread, authority:
         serving(io, security=Security(certificate=certificate, key=key)) as server,
         connecting(io, security=security) as client,
     ):
-        next_event(client, client.connect(address_of(server), HELLO), Welcome)
+        assert next_event(client, client.connect(address_of(server), HELLO), Welcome) == WELCOME
 
 
 def test_strangers_and_plaintext_do_not_get_in(

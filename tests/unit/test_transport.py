@@ -4,19 +4,18 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from instruments.streams import CLOSE, LOST
 from sockets import (
     HELLO,
     SECONDS,
     WELCOME,
     Recorder,
     address_of,
-    connecting,
     events_until,
     impostor,
     next_event,
@@ -31,7 +30,6 @@ from outrider.actors.wire import encode_drafter, encode_target
 from outrider.speculation.errors import SlowPeerError
 from outrider.speculation.replication.messages import Close, Commit, Growth, Lost, Welcome
 
-LOST = Lost(session=1, generation=1, reason="no room")
 GROWTH = Growth(
     session=1,
     generation=1,
@@ -42,7 +40,6 @@ GROWTH = Growth(
     tokens=np.array([7, 8]),
     scores=np.array([0.5, 0.25], np.float32),
 )
-CLOSE = Close(session=1, generation=1)
 BIG_COMMIT = Commit(
     session=1,
     generation=1,
@@ -52,19 +49,6 @@ BIG_COMMIT = Commit(
     prefix_hash=0,
     steps=1,
 )
-
-
-@pytest.fixture(scope="module")
-def io() -> Iterator[IoThread]:
-    thread = IoThread()
-    yield thread
-    thread.close()
-
-
-@pytest.fixture
-def client(io: IoThread) -> Iterator[DraftClient]:
-    with connecting(io) as made:
-        yield made
 
 
 def test_a_stream_begins_with_names_and_carries_both_ways(io: IoThread, client: DraftClient) -> None:
@@ -220,7 +204,7 @@ def test_an_inbox_is_bounded_in_bytes() -> None:
     inbox.put(mailboxes.Received(LOST, 60))
     assert not inbox.has_room(41)
     assert not inbox.has_room(41)
-    assert [received.event for received, _ in inbox.take()] == [LOST, Overflowed()]
+    assert [received.event for received in inbox.take()] == [LOST, Overflowed()]
     assert inbox.has_room(41)
 
 
@@ -229,7 +213,7 @@ def test_a_worker_that_comes_and_goes_fills_nothing() -> None:
     for number in range(3):
         inbox.put(mailboxes.Received(WELCOME, 10))
         inbox.lose(f"loss {number}")
-    assert [received.event for received, _ in inbox.take()] == [Disconnected("loss 2")]
+    assert [received.event for received in inbox.take()] == [Disconnected("loss 2")]
 
 
 def test_an_outbox_that_nobody_reads_ends_its_stream(io: IoThread) -> None:

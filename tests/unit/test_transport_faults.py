@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc
@@ -28,13 +28,6 @@ from outrider.actors.transport import Disconnected
 from outrider.actors.wire import SERVICE, encode_target
 from outrider.speculation.errors import InvalidConfigError
 from outrider.speculation.replication.messages import Close, Welcome
-
-
-@pytest.fixture(scope="module")
-def io() -> Iterator[IoThread]:
-    thread = IoThread()
-    yield thread
-    thread.close()
 
 
 class Relay:

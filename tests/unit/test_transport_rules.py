@@ -3,19 +3,18 @@
 import asyncio
 import re
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from instruments.streams import CLOSE, LOST
 from sockets import (
     HELLO,
     SECONDS,
     WELCOME,
     Recorder,
     address_of,
-    connecting,
     impostor,
     next_event,
     outcome,
@@ -27,42 +26,7 @@ from outrider.actors.grpc_client import DraftClient
 from outrider.actors.io_thread import IoThread
 from outrider.actors.transport import Disconnected
 from outrider.actors.wire import encode_drafter, encode_target
-from outrider.speculation.replication.messages import Close, Commit, Growth, Lost, Welcome
-
-LOST = Lost(session=1, generation=1, reason="no room")
-GROWTH = Growth(
-    session=1,
-    generation=1,
-    seen_commit=0,
-    base_length=5,
-    first_id=1,
-    parents=np.array([0, 1]),
-    tokens=np.array([7, 8]),
-    scores=np.array([0.5, 0.25], np.float32),
-)
-CLOSE = Close(session=1, generation=1)
-BIG_COMMIT = Commit(
-    session=1,
-    generation=1,
-    sequence=1,
-    base_length=1,
-    tokens=np.zeros(1 << 20, np.int64),
-    prefix_hash=0,
-    steps=1,
-)
-
-
-@pytest.fixture(scope="module")
-def io() -> Iterator[IoThread]:
-    thread = IoThread()
-    yield thread
-    thread.close()
-
-
-@pytest.fixture
-def client(io: IoThread) -> Iterator[DraftClient]:
-    with connecting(io) as made:
-        yield made
+from outrider.speculation.replication.messages import Welcome
 
 
 @pytest.mark.parametrize(
@@ -125,7 +89,7 @@ def test_a_worker_that_cancels_does_not_end_the_reconnecting(io: IoThread, clien
     with impostor(io, cancelling) as address:
         channel = client.connect(address, HELLO)
         assert "cancelled" in next_event(client, channel, Disconnected).reason.lower()
-        next_event(client, channel, Welcome)
+        assert next_event(client, channel, Welcome) == WELCOME
 
 
 def test_a_worker_that_never_answers_is_left(
@@ -186,4 +150,4 @@ def test_more_targets_than_a_worker_serves_are_refused(io: IoThread, client: Dra
         reason = next_event(client, second, Disconnected).reason
         assert reason == "RESOURCE_EXHAUSTED: this draft worker serves 1 targets already"
         first.close()
-        next_event(client, second, Welcome)
+        assert next_event(client, second, Welcome) == WELCOME
