@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint protos clean
+.PHONY: demo test test-ray lint protos clean
 
 # The stamp is newer than what it was made from, so a second run installs nothing.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/native/*pp)
@@ -21,7 +21,11 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --ignore=tests/on_ray
+
+# Clusters as a whole: real Ray, real processes, three hosts in network namespaces where that is permitted.
+test-ray: $(VENV)/installed
+	$(BIN)/pytest tests/on_ray
 
 # The generated files are committed: nobody needs a compiler to install.
 protos: $(VENV)/installed

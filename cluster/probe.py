@@ -8,7 +8,6 @@ import importlib.metadata
 import os
 import platform
 import socket
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from outrider.cluster.interfaces import address_of
 from outrider.speculation.errors import OutriderError
 
 PACKAGES = ("outrider", "ray", "torch", "grpcio", "transformers", "numpy")
-ROUND_TRIPS = 50
 GROUP_SECONDS = 10.0
 
 
@@ -94,16 +92,10 @@ class Probe:
 
     def listen(self) -> str:
         """Starts what ``round_trip`` of another node talks to; its address."""
-        from concurrent.futures import ThreadPoolExecutor
+        from outrider.actors.grpc_probe import EchoServer
 
-        import grpc
-        from grpc_health.v1 import health, health_pb2_grpc
-
-        self._server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
-        health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), self._server)
-        port = self._server.add_insecure_port(f"{self.address}:0")
-        self._server.start()
-        return f"{self.address}:{port}"
+        self._echo = EchoServer(self.address)
+        return self._echo.address
 
     def round_trip(self, address: str) -> float:
         """Median seconds of a small gRPC call to another node's ``listen``.
@@ -111,21 +103,9 @@ class Probe:
         Raises:
             ConnectionError: it does not answer.
         """
-        import grpc
-        from grpc_health.v1 import health_pb2, health_pb2_grpc
+        from outrider.actors.grpc_probe import round_trip
 
-        seconds = []
-        with grpc.insecure_channel(address) as channel:
-            check = health_pb2_grpc.HealthStub(channel).Check
-            try:
-                check(health_pb2.HealthCheckRequest(), timeout=5.0, wait_for_ready=True)
-                for _ in range(ROUND_TRIPS):
-                    began = time.perf_counter()
-                    check(health_pb2.HealthCheckRequest(), timeout=5.0)
-                    seconds.append(time.perf_counter() - began)
-            except grpc.RpcError as error:
-                raise ConnectionError(f"{address} does not answer: {error.code().name}") from None
-        return statistics.median(seconds)
+        return round_trip(address)
 
     def open_group(self) -> int:
         """Listens for the other members of a process group; the port."""

@@ -98,16 +98,16 @@ class RayController:
         Raises:
             WorkerError: one does not.
         """
-        _get(self._actor.wait_ready.remote(seconds))
+        _of_controller(self._actor.wait_ready.remote(seconds))
 
     def targets(self) -> dict[str, ActorHandle[Any]]:
         """The targets that serve, by name."""
-        targets: dict[str, ActorHandle[Any]] = _get(self._actor.targets.remote())
+        targets: dict[str, ActorHandle[Any]] = _of_controller(self._actor.targets.remote())
         return targets
 
     def status(self) -> list[dict[str, Any]]:
         """A row per member; see ``Controller.status``."""
-        rows: list[dict[str, Any]] = _get(self._actor.status.remote())
+        rows: list[dict[str, Any]] = _of_controller(self._actor.status.remote())
         return rows
 
     def target_status(self, target: ActorHandle[Any]) -> dict[str, Any]:
@@ -228,3 +228,18 @@ def _get(reference: Any) -> Any:
         if isinstance(error.cause, OutriderError):
             raise error.cause from None
         raise
+
+
+def _of_controller(reference: Any) -> Any:
+    """What the controller answers.
+
+    Raises:
+        ClusterError: it is gone, and the cluster with it.
+    """
+    try:
+        return _get(reference)
+    except RayActorError:
+        raise ClusterError(
+            "the cluster's controller is gone, and its targets and draft workers with it: "
+            "'outrider down' and 'outrider up' bring a standing cluster back"
+        ) from None

@@ -16,8 +16,13 @@ MAY_IMPORT = {
 }
 ONLY_IN = {
     "ray": ("cluster/",),
-    "grpc": ("actors/grpc_client.py", "actors/grpc_server.py", "actors/security.py"),
-    "grpc_health": ("actors/grpc_server.py",),
+    "grpc": (
+        "actors/grpc_client.py",
+        "actors/grpc_probe.py",
+        "actors/grpc_server.py",
+        "actors/security.py",
+    ),
+    "grpc_health": ("actors/grpc_probe.py", "actors/grpc_server.py"),
     "google.protobuf": ("actors/wire.py", "protos/speculation_pb2.py"),
     "outrider.protos": ("actors/wire.py",),
 }
