@@ -19,7 +19,7 @@ from outrider.cluster.supervisor import Role
 from outrider.speculation.errors import OutriderError
 
 GROUP_SECONDS = 3.0
-WORKER_SECONDS = 15.0
+WORKER_SECONDS = 30.0
 """After which it is said that there is no room; placing goes on. For a draft worker its process
 must have started too."""
 _NOTHING = {"memory": 1.0}

@@ -145,13 +145,13 @@ def _show_table(console: "Console", rows: list["Measurement"], arguments: argpar
     from outrider.cluster.demo import PROMPTS, same_tokens
 
     table = Table(
-        title=f"target of {arguments.parameters}, {len(PROMPTS)} prompts of {arguments.tokens} tokens",
+        title=f"target of {arguments.parameters} parameters, {len(PROMPTS)} texts of {arguments.tokens} tokens",
         box=box.SIMPLE,
         title_justify="left",
         title_style="bold",
     )
-    for heading in ("temperature", "decoding"):
-        table.add_column(heading)
+    table.add_column("temperature", no_wrap=True)
+    table.add_column("decoding", no_wrap=True)
     for heading in ("tokens/s", "over plain", "tokens a step", "drafting hidden", "same tokens"):
         table.add_column(heading, justify="right")
     identical = True
