@@ -145,7 +145,7 @@ def _show_table(console: "Console", rows: list["Measurement"], arguments: argpar
     from outrider.cluster.demo import PROMPTS, same_tokens
 
     table = Table(
-        title=f"target of {arguments.parameters} parameters, {len(PROMPTS)} texts of {arguments.tokens} tokens",
+        title=f"target of {arguments.parameters} parameters, {len(PROMPTS)} texts of {arguments.tokens}",
         box=box.SIMPLE,
         title_justify="left",
         title_style="bold",

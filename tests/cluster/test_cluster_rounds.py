@@ -23,13 +23,16 @@ def request(llm: LLM) -> Request:
 def test_rounds_of_open_kill_and_restart(pipeline: str, workers: LocalWorkers) -> None:
     config = {"workers": workers.addresses, "pipeline": pipeline, "tree": {"adaptive": False}}
     tokens, files = [], []
+    killed: list[int] = []
     before = len(children(os.getpid()))
     for number in range(ROUNDS):
         with LLM(speculative_config=config) as llm:
             assert llm.workers is not None
-            tokens.append(traced(llm, request(llm), _fault(number, llm, workers)).token_ids)
-            if workers.ends:
-                workers.restart(number % 2)
+            tokens.append(traced(llm, request(llm), _fault(number, llm, workers, killed)).token_ids)
+            if killed:
+                # It may have been killed in the very last step, and dying takes a moment.
+                assert until(lambda: workers.ends)
+                workers.restart(killed.pop())
             os.kill(workers.pids[number % 2], signal.SIGCONT)
             assert until(lambda llm=llm: traced(llm, request(llm)).stats.num_accepted_tokens > 0)
             llm.workers.pool.poll()
@@ -42,12 +45,14 @@ def test_rounds_of_open_kill_and_restart(pipeline: str, workers: LocalWorkers) -
     assert max(files[-4:]) <= max(files[:4])
 
 
-def _fault(number: int, llm: LLM, workers: LocalWorkers) -> Callable[[int, Trace], None]:
+def _fault(number: int, llm: LLM, workers: LocalWorkers, killed: list[int]) -> Callable[[int, Trace], None]:
     """Every third round kills a worker, the next one stops it, the one after that opens and abandons."""
 
     def hurt(step: int, _: Trace) -> None:
         if step != 5 + number % 7:
             return
+        if number % 3 == 0:
+            killed.append(number % 2)
         if number % 3 < 2:
             os.kill(workers.pids[number % 2], (signal.SIGKILL, signal.SIGSTOP)[number % 3])
         else:
