@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from outrider.actors.io_thread import IoThread
+from outrider.actors.io_thread import IoThread, SharedIo
 from outrider.actors.mailboxes import Bell, Inbox, Outbox, first_of
 from outrider.actors.security import Security
 from outrider.actors.transport import Received
@@ -237,7 +237,7 @@ class GrpcDraftChannel:
 class DraftClient:
     """All draft workers of one process; implements ``Arrivals`` over their channels.
 
-    io: where the network's work is done; without one, it has a thread of its own.
+    io: where the network's work is done; without one, a thread that all targets of the process share.
 
     Raises:
         InvalidConfigError: the files of ``security`` are unusable.
@@ -246,8 +246,8 @@ class DraftClient:
     def __init__(self, *, security: Security | None = None, io: IoThread | None = None) -> None:
         self._security = security or Security()
         self._security.channel_credentials()
-        self._owns_io = io is None
-        self._io = io or IoThread()
+        self._shares_io = io is None
+        self._io = io or SharedIo.acquire()
         self._bell = Bell()
         self._channels: set[GrpcDraftChannel] = set()
 
@@ -269,11 +269,12 @@ class DraftClient:
         self._bell.wait(seconds)
 
     def close(self) -> None:
-        """Closes all channels, and joins the thread if it is the client's own."""
+        """Closes all channels; the last client's shared thread ends with it. May be called twice."""
         for channel in list(self._channels):
             channel.close()
-        if self._owns_io:
-            self._io.close()
+        if self._shares_io:
+            self._shares_io = False
+            SharedIo.release()
 
 
 async def _stop(task: asyncio.Task[None]) -> None:

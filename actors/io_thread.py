@@ -47,3 +47,33 @@ class IoThread:
     async def _until_closed(self) -> None:
         self._started.set_result(asyncio.get_running_loop())
         await self._over.wait()
+
+
+class SharedIo:
+    """The thread of all targets in this process: started for the first, closed with the last.
+
+    Two loops at a time would not do: grpc.aio hands events of one to the other, even to a closed one.
+    """
+
+    # Reentrant: a client may be collected, and so closed, while another one is made.
+    _lock = threading.RLock()
+    _thread: IoThread | None = None
+    _users = 0
+
+    @classmethod
+    def acquire(cls) -> IoThread:
+        """The thread; ``release`` it once."""
+        with cls._lock:
+            if cls._thread is None:
+                cls._thread = IoThread()
+            cls._users += 1
+            return cls._thread
+
+    @classmethod
+    def release(cls) -> None:
+        """One user less."""
+        with cls._lock:
+            cls._users -= 1
+            if not cls._users and cls._thread is not None:
+                thread, cls._thread = cls._thread, None
+                thread.close()

@@ -11,7 +11,7 @@ from outrider.cluster.cli.arguments import Parser, in_flags
 from outrider.cluster.nearest import nearest
 from outrider.speculation.errors import InvalidConfigError, InvalidRequestError
 
-COMMANDS = (demo, generate, up, down, status, check, doctor, draft_worker, simulate)
+COMMANDS = (generate, demo, up, down, status, check, doctor, draft_worker, simulate)
 
 DESCRIPTION = "Speculative decoding that gives the target's own tokens, faster."
 
