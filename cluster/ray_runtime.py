@@ -67,18 +67,19 @@ def local_ray(*, debug: bool = False) -> Iterator[None]:
         with _environment(_SETTINGS):
             import ray
 
-            with _as_cluster_error("Ray cannot be started"):
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    log_to_driver=debug,
-                    configure_logging=False,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    namespace=NAMESPACE,
-                    _temp_dir=folder,
-                )
-            _keep_quiet(unless=debug)
+            # Also what an interruption leaves half started is ended.
             try:
+                with _as_cluster_error("Ray cannot be started"):
+                    ray.init(
+                        address="local",
+                        include_dashboard=False,
+                        log_to_driver=debug,
+                        configure_logging=False,
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        namespace=NAMESPACE,
+                        _temp_dir=folder,
+                    )
+                _keep_quiet(unless=debug)
                 yield
             finally:
                 ray.shutdown()

@@ -45,7 +45,8 @@ def folder() -> Iterator[Path]:
     left = [each for each in path.iterdir() if each.name.startswith("outrider-") and each.suffix == ""]
     private = path / f"outrider-{os.getuid()}"
     assert [each for each in left if each != private] == [], "temporary folders were left behind"
-    assert [each.name for each in private.iterdir() if each.suffix != ".log"] == []
+    if private.exists():
+        assert [each.name for each in private.iterdir() if each.suffix != ".log"] == []
     subprocess.run(["rm", "-rf", str(path)], check=True)
 
 
@@ -60,7 +61,7 @@ def cluster(folder: Path) -> Iterator[Path]:
     yield path
     down = outrider("down", str(path), folder=folder)
     assert down.returncode == 0, down.stderr
-    assert until(lambda: not processes_of(folder), 5.0), processes_of(folder)
+    assert until(lambda: not processes_of(folder), 15.0), processes_of(folder)
     again = outrider("status", str(path), folder=folder)
     assert again.returncode == 1
     assert "no cluster called 'commands' is up" in again.stderr
@@ -116,9 +117,9 @@ def test_another_cluster_beside_it_works(cluster: Path, folder: Path) -> None:
     assert len(json.loads(done.stdout)["token_ids"]) == 4
 
 
-@pytest.mark.parametrize("moment", [1.0, 6.0, 11.0])
-def test_ctrl_c_leaves_nothing(moment: float, folder: Path) -> None:
-    own = folder / f"c{moment:g}"
+@pytest.mark.parametrize("moment", ["early", "serving"])
+def test_ctrl_c_leaves_nothing(moment: str, folder: Path) -> None:
+    own = folder / moment
     own.mkdir()
     path = own / "c.yaml"
     path.write_text("draft: {}\n")
@@ -130,17 +131,18 @@ def test_ctrl_c_leaves_nothing(moment: float, folder: Path) -> None:
         env=environment(own) | {"HOME": str(folder / "home")},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     )
-    try:
-        process.wait(moment)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
+    if moment == "early":
+        time.sleep(0.5)
+    else:
+        assert until(lambda: any("ray::TargetHost" in each for each in processes_of(own)), SECONDS)
+    process.send_signal(signal.SIGINT)
     began = time.monotonic()
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=60)
     assert process.returncode in (130, 0), said
-    assert time.monotonic() - began < 15, "stopping took too long"
+    assert time.monotonic() - began < 15, "stopping took too long on a machine however busy"
     assert b"Traceback" not in said
     # Ray's own agents look every now and then whether their node is still there.
-    assert until(lambda: not processes_of(own), 5.0), processes_of(own)
+    assert until(lambda: not processes_of(own), 15.0), processes_of(own)
     assert [each.name for each in own.iterdir() if each.name.startswith("outrider-")] in (
         [],
         [f"outrider-{os.getuid()}"],
@@ -169,7 +171,7 @@ def test_what_cannot_start_is_said_in_one_line_and_leaves_nothing(
     (line,) = done.stderr.splitlines()
     assert line.startswith("outrider: error: ")
     assert message in line
-    assert until(lambda: not processes_of(own), 5.0), processes_of(own)
+    assert until(lambda: not processes_of(own), 15.0), processes_of(own)
 
 
 def test_check_says_what_fits_and_what_does_not(cluster: Path, folder: Path) -> None:
