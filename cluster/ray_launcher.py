@@ -22,6 +22,8 @@ GROUP_SECONDS = 3.0
 WORKER_SECONDS = 30.0
 """After which it is said that there is no room; placing goes on. For a draft worker its process
 must have started too."""
+REMOVAL_SECONDS = 1.0
+"""How long a group that is being placed is waited for before it is removed."""
 _NOTHING = {"memory": 1.0}
 """A byte; Ray refuses empty bundles."""
 
@@ -102,6 +104,9 @@ class RayLauncher:
         finally:
             for rank in ranks:
                 ray.kill(rank)
+            # Ray loses the resources of a group that is removed in the moment of its placement
+            # (ray-project/ray issue 64693); one without room has no such moment.
+            await asyncio.to_thread(group.wait, REMOVAL_SECONDS)
             remove_placement_group(group)
 
     async def _in_time(self, started: Any) -> Any:

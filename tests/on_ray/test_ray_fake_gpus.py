@@ -28,6 +28,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 ROUNDS = 10
 """Starts and stops after which nothing may be left."""
+PLACING_ROUNDS = 30
+"""Stops in the midst of placing, each of which takes tens of milliseconds."""
 READY_SECONDS = 60.0
 OBJECT_STORE_BYTES = 80 << 20
 NUM_GPUS = 4
@@ -253,8 +255,10 @@ def test_stopping_while_everything_is_being_placed(ray: Any, monkeypatch: pytest
         while controller.status()[0]["phase"] == "waiting":
             await asyncio.sleep(0)
 
-    play(monkeypatch, BIG, 2, scenario)
-    assert until(lambda: nothing_is_left(ray))
+    # Ray loses a group's GPUs once in some thirty times if it is removed in such a moment.
+    for _ in range(PLACING_ROUNDS):
+        play(monkeypatch, BIG, 2, scenario)
+        assert until(lambda: nothing_is_left(ray))
 
 
 def test_starting_and_stopping_again_and_again_leaves_nothing(
