@@ -21,7 +21,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest --ignore=tests/on_ray
+	$(BIN)/pytest --ignore=tests/on_ray --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Clusters as a whole: real Ray, real processes, three hosts in network namespaces where that is permitted.
 test-ray: $(VENV)/installed

@@ -158,7 +158,7 @@ def test_seeded_draws_fit_transformers_softmax(temperature: float, top_k: int) -
     if top_k:
         logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
     probs = logits.softmax(-1).double().numpy()
-    draws = 3000
+    draws = 1000
     counts = np.zeros(len(probs))
     for seed in range(draws):
         params = SamplingParams(temperature=temperature, top_k=top_k, max_tokens=1, seed=seed)
