@@ -3,7 +3,15 @@
 import numpy as np
 from setuptools import Extension, setup
 
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-Wno-maybe-uninitialized"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-g0",
+    "-Wno-maybe-uninitialized",
+    "-Wno-psabi",
+]
 
 
 def native(name: str, *headers: str) -> Extension:
@@ -20,7 +28,16 @@ def native(name: str, *headers: str) -> Extension:
 
 setup(
     ext_modules=[
-        native("linear", "weights.hpp", "binding.hpp"),
+        native("linear", "numbers.hpp", "openmp.hpp", "weights.hpp", "binding.hpp"),
+        native(
+            "layers",
+            "numbers.hpp",
+            "openmp.hpp",
+            "vectors.hpp",
+            "pointwise.hpp",
+            "attention.hpp",
+            "layers_binding.hpp",
+        ),
         native("replication", "grafting.hpp", "reading.hpp"),
     ]
 )

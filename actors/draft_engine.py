@@ -270,6 +270,7 @@ class ModelDraftSession:
             node_positions=root + tree.depths[nodes],
             node_slots=sequence.node_base + nodes,
             base=sequence.base,
+            table=sequence.table,
             first_logit_row=0,
         )
 

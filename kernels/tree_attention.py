@@ -1,4 +1,6 @@
-"""Attention of plain and tree rows over a slot-addressed KV pool: plain PyTorch references.
+"""Attention of plain and tree rows over a slot-addressed KV pool, by PyTorch's products.
+
+Used where the native kernel of ``path_attention`` is not: in float64, and where nothing was built.
 
 R rows, G key/value heads, Q query heads per key/value head, D head size, S shared keys,
 W tail keys, N slots. A row attends the first S committed keys, which lie in consecutive

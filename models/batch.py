@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from outrider.kernels.path_attention import PathKeys
 from outrider.kernels.tree_attention import STRIDE, TAIL, AttentionGroup
 from outrider.models.kv_cache import NULL_SLOT, KVSequence
 from outrider.models.numerics import RowClasses
@@ -28,7 +29,7 @@ class Rows:
     committed: positions ``[0, committed)`` are in place, or are written by these very rows.
     paths: bool ``[R, M]``, the nodes each row attends, itself included.
     node_positions, node_slots: int64 ``[M]``.
-    base: the slot of position 0.
+    base: the slot of position 0. table: int64, the blocks from there on.
     first_logit_row: the first row whose logits are wanted; R means none.
     """
 
@@ -40,6 +41,7 @@ class Rows:
     node_positions: IntArray
     node_slots: IntArray
     base: int
+    table: IntArray
     first_logit_row: int
 
 
@@ -48,13 +50,14 @@ class Batch:
     """Tensors of one forward of R rows, those of each sequence behind one another.
 
     tokens, positions, slots: int64 ``[R]``.
+    attended: what the rows attend, in the form that the decoder's attention takes.
     logit_rows: the rows whose logits are wanted, ascending; a slice where they are consecutive.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
-    groups: list[AttentionGroup]
+    attended: list[AttentionGroup] | PathKeys
     logit_rows: slice | torch.Tensor
 
 
@@ -71,6 +74,7 @@ def prefill_rows(sequence: KVSequence, tokens: IntArray, *, first_logit_row: int
         node_positions=np.zeros(0, np.int64),
         node_slots=np.zeros(0, np.int64),
         base=sequence.base,
+        table=sequence.table,
         first_logit_row=first_logit_row,
     )
 
@@ -93,6 +97,7 @@ def tree_rows(
         node_positions=position + depths,
         node_slots=node_slots,
         base=sequence.base,
+        table=sequence.table,
         first_logit_row=0,
     )
 
@@ -100,21 +105,52 @@ def tree_rows(
 def make_batch(parts: Sequence[Rows], classes: RowClasses, dtype: torch.dtype) -> Batch:
     """Lays out one forward over rows of different sequences; ``dtype`` is that of scores."""
     *offsets, _ = accumulate((len(part.tokens) for part in parts), initial=0)
-    groups = []
-    for part, offset in zip(parts, offsets, strict=True):
-        own = _canonical_groups(part, classes, dtype) if classes.canonical else [_fast_group(part, dtype)]
-        groups += own if len(parts) == 1 else [_shifted(group, offset) for group in own]
     return Batch(
         tokens=_joined([part.tokens for part in parts]),
         positions=_joined([part.positions for part in parts]),
         slots=_joined([part.slots for part in parts]),
-        groups=groups,
+        attended=_path_keys(parts) if classes.by_path else _groups(parts, offsets, classes, dtype),
         logit_rows=_logit_rows(parts, offsets),
     )
 
 
 def _joined(arrays: Sequence[IntArray]) -> torch.Tensor:
     return torch.from_numpy(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
+
+
+def _path_keys(parts: Sequence[Rows]) -> PathKeys:
+    """Positions through the parts' tables, then the paths' nodes in the order of their positions."""
+    seen, nodes, lengths = [], [], []
+    for part in parts:
+        seen.append(np.minimum(part.positions, part.committed - 1) + 1)
+        row, node = np.nonzero(part.paths)
+        order = np.lexsort((part.node_positions[node], row))
+        nodes.append(part.node_slots[node[order]])
+        lengths.append(np.count_nonzero(part.paths, axis=1))
+    tables = [part.table for part in parts]
+    starts = np.repeat(_ends(tables)[:-1], [len(part.tokens) for part in parts])
+    return PathKeys(
+        tables=np.concatenate(tables),
+        table_starts=starts,
+        seen=np.concatenate(seen),
+        nodes=np.concatenate(nodes),
+        node_starts=np.concatenate(([0], np.cumsum(np.concatenate(lengths)))),
+    )
+
+
+def _ends(arrays: Sequence[IntArray]) -> IntArray:
+    """0 and where each array ends when all stand behind one another."""
+    return np.cumsum([0, *map(len, arrays)])
+
+
+def _groups(
+    parts: Sequence[Rows], offsets: Sequence[int], classes: RowClasses, dtype: torch.dtype
+) -> list[AttentionGroup]:
+    groups = []
+    for part, offset in zip(parts, offsets, strict=True):
+        own = _canonical_groups(part, classes, dtype) if classes.canonical else [_fast_group(part, dtype)]
+        groups += own if len(parts) == 1 else [_shifted(group, offset) for group in own]
+    return groups
 
 
 def _shifted(group: AttentionGroup, offset: int) -> AttentionGroup:

@@ -4,12 +4,16 @@ import torch
 import torch.nn.functional as F
 
 from outrider.kernels.linear import Linear
+from outrider.kernels.native import library
+from outrider.kernels.path_attention import MAX_HEAD_DIM, PathAttention, PathKeys
+from outrider.kernels.pointwise import rms_norm
 from outrider.kernels.tree_attention import Scratch, TreeAttention
+from outrider.models.attention import Attention, SharedAttention
 from outrider.models.batch import Batch
 from outrider.models.config import ModelConfig
-from outrider.models.kv_cache import TRASH_SLOT, KVCache
+from outrider.models.kv_cache import BLOCK, TRASH_SLOT, KVCache
 from outrider.models.layers import Block
-from outrider.models.numerics import FAST, MAX_ROWS, MAX_TAIL, Numerics, RowClasses, probe
+from outrider.models.numerics import MAX_ROWS, MAX_TAIL, Numerics, RowClasses, probe
 from outrider.models.rope import rope_frequencies
 from outrider.models.weights import Checkpoint
 from outrider.speculation.tree import MAX_TREE_DEPTH
@@ -46,8 +50,9 @@ class Decoder:
         G = config.num_kv_heads
         self.heads = (G, config.num_heads // G, config.head_dim)
         self.rotation = self._rotation_table()
-        self.scratch = Scratch(MAX_ROWS, config.num_heads, max_model_len + MAX_TAIL, self.attention_dtype)
         self.classes = self._row_classes(numerics)
+        keys = 0 if self.classes.by_path else max_model_len + MAX_TAIL
+        self.scratch = Scratch(MAX_ROWS, config.num_heads, keys, self.attention_dtype)
 
     @property
     def numerics(self) -> Numerics:
@@ -76,14 +81,31 @@ class Decoder:
         rows = len(batch.tokens)
         tokens, positions, slots = self._padded(batch, self.classes.linear_rows(rows))
         x = self.embedding[tokens]
-        rotation = self._rotation(positions)
         attended = x.new_zeros(len(x), self.config.num_heads * self.config.head_dim)
-        attention = TreeAttention(
-            batch.groups, self.heads, self.scratch, rows=rows, canonical=self.classes.canonical
-        )
+        attention = self._attention(batch, positions, slots)
+        add = None
         for block, pool in zip(self.blocks, cache.layers, strict=True):
-            block(x, rotation, slots, pool, attention, attended)
+            add = block(x, add, attention, pool, attended)
+        assert add is not None
+        x += add
         return self._logits(x, batch.logit_rows)
+
+    def _attention(self, batch: Batch, positions: torch.Tensor, slots: torch.Tensor) -> Attention:
+        """The step's attention; positions, slots: int64 ``[R]``, filled up to a row class."""
+        keys, rows = batch.attended, len(batch.tokens)
+        if isinstance(keys, PathKeys):
+            native = library.layers(self.embedding)
+            assert native is not None
+            H, G, D = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+            turns = self.rotation[batch.positions]
+            return PathAttention(native, keys, turns=turns, slots=batch.slots, shape=(H, G, D), block=BLOCK)
+        canonical = self.classes.canonical
+        return SharedAttention(
+            TreeAttention(keys, self.heads, self.scratch, rows=rows, canonical=canonical),
+            self.heads,
+            rotation=self._rotation(positions),
+            slots=slots,
+        )
 
     def _logits(self, x: torch.Tensor, wanted: slice | torch.Tensor) -> torch.Tensor:
         """Logits ``[wanted, vocab]``; the head, too, takes whole row classes only.
@@ -101,7 +123,7 @@ class Decoder:
             kept = slice(0, len(wanted))
         if not len(taken):
             return x.new_empty(0, self.config.vocab_size)
-        return self.head(F.rms_norm(taken, (x.shape[1],), self.norm, self.config.rms_norm_eps))[kept]
+        return self.head(rms_norm(taken, self.norm, self.config.rms_norm_eps))[kept]
 
     @staticmethod
     def _padded(batch: Batch, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -136,12 +158,14 @@ class Decoder:
 
     @torch.inference_mode()
     def _row_classes(self, numerics: Numerics) -> RowClasses:
+        by_path = library.layers(self.embedding) is not None and self.config.head_dim <= MAX_HEAD_DIM
         if numerics is Numerics.FAST:
-            return FAST
+            return RowClasses(canonical=False, by_path=by_path)
         return probe(
             [*self.blocks[0].linears, self.head],
             heads=self.heads,
             max_keys=self.max_model_len,
             dtype=self.dtype,
             attention_dtype=self.attention_dtype,
+            by_path=by_path,
         )

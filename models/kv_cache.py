@@ -64,6 +64,7 @@ class KVCache:
 class KVSequence:
     """One request's part of the pool.
 
+    table: int64, the blocks of its positions.
     length: positions ``[0, length)`` hold the KV of committed tokens.
     Node i of the draft tree keeps its entry at ``node_base + i`` until it is committed or dropped.
     """
@@ -78,6 +79,7 @@ class KVSequence:
             )
         self._cache, self._blocks = cache, blocks
         self.base = blocks.start * BLOCK
+        self.table = np.arange(blocks.start, blocks.start + position_blocks)
         self.node_base = self.base + position_blocks * BLOCK
         self.max_tokens, self.max_nodes = max_tokens, max_nodes
         self.length = 0

@@ -6,10 +6,10 @@ halves that rotate together are interleaved, so that rotation is one complex pro
 """
 
 import torch
-import torch.nn.functional as F
 
 from outrider.kernels.linear import Linear
-from outrider.kernels.tree_attention import TreeAttention
+from outrider.kernels.pointwise import rms_norm, silu_mul
+from outrider.models.attention import Attention
 from outrider.models.config import ModelConfig
 from outrider.models.weights import Checkpoint
 
@@ -61,7 +61,7 @@ class Block:
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> None:
         reader = BlockReader(checkpoint, index, dtype)
         hidden, inner, D = config.hidden_size, config.intermediate_size, config.head_dim
-        self.hidden, self.inner, self.eps = (hidden,), inner, config.rms_norm_eps
+        self.eps = config.rms_norm_eps
         self.attention_dtype = torch.promote_types(dtype, torch.float32)
         H, G = config.num_heads, config.num_kv_heads
         self.H, self.G, self.D = H, G, D
@@ -88,28 +88,17 @@ class Block:
     def __call__(
         self,
         x: torch.Tensor,
-        rotation: torch.Tensor,
-        slots: torch.Tensor,
+        add: torch.Tensor | None,
+        attention: Attention,
         pool: torch.Tensor,
-        attention: TreeAttention,
         attended: torch.Tensor,
-    ) -> None:
-        """Adds the block's contribution to ``x`` ``[R, hidden]`` in place and writes its KV.
+    ) -> torch.Tensor:
+        """Writes the rows' KV; returns what its feed-forward adds to ``x`` ``[R, hidden]``.
 
-        rotation: complex ``[R, H + G, D / 2]``, queries' part scaled by 1/sqrt(D).
-        slots: int64 ``[R]``, where keys and values go. pool: ``[N, 2, G, D]``.
-        attended: ``[R, H * D]``, a buffer.
+        add: what the block before left to be added; goes into ``x`` in place, as does attention.
+        pool: ``[N, 2, G, D]``. attended: ``[R, H * D]``, a buffer.
         """
-        rows, H, G, D = len(x), self.H, self.G, self.D
-        normed = F.rms_norm(x, self.hidden, self.input_norm, self.eps)
-        heads = self.qkv(normed).to(self.attention_dtype).view(rows, H + 2 * G, D)
-        if self.qk_norm is not None:
-            heads[:, : H + G] = F.rms_norm(heads[:, : H + G], (D,), None, self.eps) * self.qk_norm
-        pairs = heads[:, : H + G].view(rows, H + G, D // 2, 2)
-        torch.view_as_complex(pairs).mul_(rotation)
-        pool.index_copy_(0, slots, heads[:, H:].view(rows, 2, G, D))
-        attention(heads[:, :H].view(rows, G, H // G, D), pool, attended.view(rows, G, H // G, D))
-        x += self.output(attended)
-        normed = F.rms_norm(x, self.hidden, self.post_norm, self.eps)
-        gate_up = self.gate_up(normed)
-        x += self.down(F.silu(gate_up[:, : self.inner]).mul_(gate_up[:, self.inner :]))
+        heads = self.qkv(rms_norm(x, self.input_norm, self.eps, add))
+        attention(heads, self.qk_norm, self.eps, pool, attended)
+        normed = rms_norm(x, self.post_norm, self.eps, self.output(attended))
+        return self.down(silu_mul(self.gate_up(normed)))

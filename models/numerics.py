@@ -34,20 +34,21 @@ class Numerics(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowClasses:
-    """Quanta of rows for linear layers and for attention's products over shared keys."""
+    """Quanta of rows for linear layers and for attention's products over shared keys.
+
+    by_path: attention goes through each row's path by itself and needs no class.
+    """
 
     canonical: bool
     linear: int = 1
     attention: int = 1
+    by_path: bool = False
 
     def linear_rows(self, rows: int) -> int:
         return -(-rows // self.linear) * self.linear
 
     def attention_rows(self, rows: int) -> int:
         return -(-rows // self.attention) * self.attention
-
-
-FAST = RowClasses(canonical=False)
 
 
 Product = Callable[[int, int, int], torch.Tensor]
@@ -83,6 +84,7 @@ def probe(
     max_keys: int,
     dtype: torch.dtype,
     attention_dtype: torch.dtype,
+    by_path: bool,
 ) -> RowClasses:
     """Row classes for these linear layers and for attention of shape ``heads`` = (G, Q, D)."""
     generator = torch.Generator().manual_seed(0)
@@ -90,6 +92,8 @@ def probe(
     linear_quanta = [
         _linear_quantum(linear, dtype, generator) for linear in distinct.values() for _ in range(DRAWS)
     ]
+    if by_path:
+        return RowClasses(canonical=True, linear=max(linear_quanta), by_path=True)
     longest = max(0, max_keys // STRIDE - 1) * STRIDE
     key_counts = sorted({0, min(STRIDE, longest), min(7 * STRIDE, longest), longest})
     attention_quanta = [_attention_quantum(heads, S, attention_dtype, generator) for S in key_counts]

@@ -62,6 +62,11 @@ def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> "Packed | None":
     return packed
 
 
+def layers(x: torch.Tensor) -> ModuleType | None:
+    """What computes a decoder's rows of this device and dtype between its products, if anything does."""
+    return _load_layers() if x.is_cpu and x.dtype in KINDS else None
+
+
 def grafter(
     message: type,
     tree: tuple[npt.NDArray[Any], ...],
@@ -87,6 +92,23 @@ def tallier(received: type, growth: type) -> "Tallier | None":
     """What sums up messages of these classes; None without the module."""
     module = _load_replication()
     return None if module is None else module.Tallier(received, growth)
+
+
+@cache
+def _load_layers() -> ModuleType | None:
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted != "off":
+        try:
+            from outrider.kernels.native import _layers
+        except ImportError:
+            pass
+        else:
+            # There is nothing here for tiles or products of bfloat16.
+            if wanted in _layers.paths():
+                _layers.select(wanted)
+            return _layers
+    notice("attention and norms are")
+    return None
 
 
 @cache

@@ -12,23 +12,18 @@
 #include <cstring>
 #include <vector>
 
+#include "numbers.hpp"
+#include "openmp.hpp"
 #include "weights.hpp"
 
-#include <dlfcn.h>
-
-#if defined(__x86_64__)
+#if OUTRIDER_X86
 #include <cpuid.h>
-#include <immintrin.h>
-#define OUTRIDER_X86 1
 #if defined(__linux__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
 #include <sys/syscall.h>
 #include <unistd.h>
 #define OUTRIDER_AMX 1
 #endif
 #endif
-
-// Inlined into kernels of every instruction set, whose vectors it then uses.
-#define INLINE static inline __attribute__((always_inline))
 
 namespace outrider {
 
@@ -48,21 +43,6 @@ struct Job {
 using Kernel = void (*)(const Job&, size_t first, size_t last);  // groups [first, last)
 
 // ---- what all kernels share ---------------------------------------------------------------
-
-// To nearest even; NaN stays NaN.
-INLINE uint16_t to_bfloat16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : static_cast<uint16_t>(rounded);
-}
-
-INLINE float to_float(uint16_t value) {
-    uint32_t bits = static_cast<uint32_t>(value) << 16;
-    float result;
-    std::memcpy(&result, &bits, 4);
-    return result;
-}
 
 INLINE void convert(const float* from, uint16_t* to, size_t count) {
     for (size_t j = 0; j < count; j++) to[j] = to_bfloat16(from[j]);
@@ -451,44 +431,6 @@ static const Path PATHS[] = {
 
 // ---- one call -------------------------------------------------------------------------------
 
-struct Shared {
-    const Job* job;
-    Kernel kernel;
-    int (*index)();
-    int (*count)();
-};
-
-static void part(void* shared) {
-    const Shared& s = *static_cast<Shared*>(shared);
-    size_t groups = s.job->weights->groups, i = static_cast<size_t>(s.index()), n = static_cast<size_t>(s.count());
-    s.kernel(*s.job, groups * i / n, groups * (i + 1) / n);
-}
-
-// GNU OpenMP as PyTorch has loaded it, found by name: linked to, it might be loaded twice, and
-// two pools of threads would fight for the processors.
-struct OpenMP {
-    void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
-    int (*index)();
-    int (*count)();
-
-    OpenMP() {
-        find(parallel, "GOMP_parallel");
-        find(index, "omp_get_thread_num");
-        find(count, "omp_get_num_threads");
-    }
-    explicit operator bool() const { return parallel && index && count; }
-    static const OpenMP& get() {
-        static const OpenMP found;
-        return found;
-    }
-
-  private:
-    template <class F>
-    static void find(F& function, const char* name) {
-        function = reinterpret_cast<F>(dlsym(RTLD_DEFAULT, name));
-    }
-};
-
 static void linear(const Path& path, const Weights& w, const void* x, void* y, size_t rows, size_t threads) {
     if (!rows || !w.outs) return;
     Job job{&w, x, w.ins, y, rows};
@@ -509,13 +451,7 @@ static void linear(const Path& path, const Weights& w, const void* x, void* y, s
     }
     Kernel kernel = w.kind == Kind::bfloat16 ? path.bfloat16 : path.float32;
     threads = std::min({threads, w.groups, 1 + w.bytes() / THREAD_WORK});
-    if (threads > 1 && OpenMP::get()) {
-        const OpenMP& openmp = OpenMP::get();
-        Shared shared{&job, kernel, openmp.index, openmp.count};
-        openmp.parallel(part, &shared, static_cast<unsigned>(threads), 0);
-    } else {
-        kernel(job, 0, w.groups);
-    }
+    in_parts(w.groups, threads, [&](size_t first, size_t last) { kernel(job, first, last); });
 }
 
 }  // namespace outrider

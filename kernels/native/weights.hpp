@@ -17,14 +17,14 @@
 
 #include <sys/mman.h>
 
+#include "numbers.hpp"
+
 namespace outrider {
 
 constexpr size_t WIDTH = 32;  // outputs of a group
 constexpr size_t STEP = 32;   // inputs of an AMX tile; bfloat16 inputs are padded to it
 constexpr size_t HUGE_PAGE = 2u << 20;
 constexpr size_t ARENA = 32u << 20;
-
-enum class Kind { bfloat16 = 0, float32 = 1 };
 
 // ---- memory -------------------------------------------------------------------------------
 

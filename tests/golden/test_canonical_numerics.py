@@ -8,6 +8,7 @@ import pytest
 import torch
 from forwards import bushy_tree, chunked_logits, make_runner, random_ids, verify
 
+from outrider.kernels.native import library
 from outrider.models.numerics import MAX_ROWS, Numerics
 
 LENGTH = 330
@@ -30,9 +31,28 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.fixture
+def by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention and norms as where the native ones were not built."""
+    monkeypatch.setattr(library, "layers", lambda _: None)
+
+
+@pytest.fixture(
+    params=[
+        (torch.float32, True),
+        (torch.bfloat16, True),
+        (torch.bfloat16, False),
+        (torch.float64, False),
+    ],
+    ids=["float32", "bfloat16", "bfloat16 by PyTorch", "float64"],
+)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
+    dtype, native = request.param
+    if not native:
+        request.getfixturevalue("by_pytorch")
+    elif library.layers(torch.empty(0, dtype=dtype)) is None:
+        pytest.skip("the native module is not built or is switched off")
+    return dtype
 
 
 @pytest.mark.usefixtures("threads")
@@ -85,6 +105,7 @@ def test_rows_after_commits_are_those_of_plain_decoding(dtype: torch.dtype, make
     assert torch.equal(ours, theirs), "KV after commits"
 
 
+@pytest.mark.usefixtures("by_pytorch")
 def test_fast_numerics_do_not_promise_it(make_model_folder: Any) -> None:
     """If this fails, fast has become canonical and one of them can go."""
     runner = make_runner(make_model_folder("llama", **ODD), torch.float32, Numerics.FAST, num_sequences=2)

@@ -13,6 +13,7 @@ from outrider.actors.growth_tally import Tally
 from outrider.actors.remote_session import RemoteSession
 from outrider.actors.transport import Received
 from outrider.kernels.native import library
+from outrider.kernels.path_attention import PathKeys
 from outrider.kernels.tree_attention import AttentionGroup
 from outrider.models import batch
 from outrider.models.batch import Rows
@@ -108,10 +109,48 @@ def pad_to_batch(rows: Rows, classes: RowClasses, dtype: torch.dtype) -> list[At
     ]
 
 
+def groups_padded_to_batch(patch: pytest.MonkeyPatch) -> None:
+    """See ``pad_to_batch``; where PyTorch attends."""
+    patch.setattr(library, "layers", lambda _: None)
+    patch.setattr(batch, "_canonical_groups", pad_to_batch)
+
+
 def unshifted_groups(patch: pytest.MonkeyPatch) -> None:
-    """Every part's attention is that of the forward's first rows."""
+    """Every part's attention is that of the forward's first rows; where PyTorch attends."""
+    patch.setattr(library, "layers", lambda _: None)
     original = batch._shifted
     patch.setattr(batch, "_shifted", lambda group, _: original(group, 0))
+
+
+def everyones_table(patch: pytest.MonkeyPatch) -> None:
+    """Every row finds its text through the first sequence's table."""
+    _change_keys(patch, lambda keys: replace(keys, table_starts=np.zeros_like(keys.table_starts)))
+
+
+def neighbours_path(patch: pytest.MonkeyPatch) -> None:
+    """A row attends the last node of the row before in place of its own."""
+
+    def shifted(keys: PathKeys) -> PathKeys:
+        last = keys.node_starts[1:][np.diff(keys.node_starts) > 0] - 1
+        nodes = keys.nodes.copy()
+        nodes[last[1:]] = keys.nodes[last[:-1]]
+        return replace(keys, nodes=nodes)
+
+    _change_keys(patch, shifted)
+
+
+def text_seen_short(patch: pytest.MonkeyPatch) -> None:
+    """Rows of a tree leave out the root."""
+
+    def shortened(keys: PathKeys) -> PathKeys:
+        return replace(keys, seen=keys.seen - (np.diff(keys.node_starts) > 0))
+
+    _change_keys(patch, shortened)
+
+
+def _change_keys(patch: pytest.MonkeyPatch, change: Callable[[PathKeys], PathKeys]) -> None:
+    original = batch._path_keys
+    patch.setattr(batch, "_path_keys", lambda parts: change(original(parts)))
 
 
 def commit_by_depth(patch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,6 @@ from instruments.sampled_law import SHAPES, check_sampled_law
 from outrider.actors import request_run
 from outrider.actors.draft_engine import TREE_CAPACITY
 from outrider.actors.request_run import RequestRun
-from outrider.models import batch
 from outrider.models.kv_cache import KVSequence
 from outrider.speculation import sampling
 from outrider.speculation.replication.replica import Replica
@@ -142,7 +141,7 @@ MUTATIONS = [
     ),
     Mutation(
         name="keys padded to the batch's maximum",
-        mutate=setting(batch, "_canonical_groups", faults.pad_to_batch),
+        mutate=faults.groups_padded_to_batch,
         check=audited(check_rows_are_paths),
         caught_by=f"{MODELS}::test_a_node_s_logits_are_those_of_its_path_alone",
     ),
@@ -151,6 +150,24 @@ MUTATIONS = [
         mutate=faults.unshifted_groups,
         check=check_several_sequences,
         caught_by="tests/golden/test_ragged_forward.py::test_rows_are_the_same_as_alone",
+    ),
+    Mutation(
+        name="a text found through another's table",
+        mutate=faults.everyones_table,
+        check=check_several_sequences,
+        caught_by="tests/golden/test_ragged_forward.py::test_rows_are_the_same_as_alone",
+    ),
+    Mutation(
+        name="a neighbour's node attended",
+        mutate=faults.neighbours_path,
+        check=audited(check_rows_are_paths),
+        caught_by=f"{MODELS}::test_a_node_s_logits_are_those_of_its_path_alone",
+    ),
+    Mutation(
+        name="the root left out below it",
+        mutate=faults.text_seen_short,
+        check=audited(check_rows_are_paths),
+        caught_by=f"{MODELS}::test_a_node_s_logits_are_those_of_its_path_alone",
     ),
     Mutation(
         name="accepted KV taken from the wrong slot",

@@ -1,0 +1,35 @@
+// bfloat16 numbers, as bits, and what kernels of every instruction set inline.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define OUTRIDER_X86 1
+#endif
+
+// Inlined into kernels of every instruction set, whose vectors it then uses.
+#define INLINE static inline __attribute__((always_inline))
+
+namespace outrider {
+
+enum class Kind { bfloat16 = 0, float32 = 1 };
+
+// To nearest even; NaN stays NaN.
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : static_cast<uint16_t>(rounded);
+}
+
+INLINE float to_float(uint16_t value) {
+    uint32_t bits = static_cast<uint32_t>(value) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
+
+}  // namespace outrider

@@ -1,0 +1,106 @@
+"""Attention of rows over paths of keys in blocks: the native kernel and a plain reference.
+
+R rows, H query heads, G key/value heads, D head size, N slots, B slots to a block. A row attends
+the first positions of its text, found through a table of blocks, then the nodes on its path down
+the draft tree. Position by position, whatever stands beside it: a row's bits depend on its path
+alone, and neither where keys lie nor how many rows there are changes them (docs/numerics.md).
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from outrider.kernels.native import library
+
+IntArray = npt.NDArray[np.int64]
+MAX_HEAD_DIM = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathKeys:
+    """What R rows attend; all int64.
+
+    tables: blocks of the texts, one table behind the other. table_starts: ``[R]``, where each
+    row's begins. seen: ``[R]``, positions of its text that a row attends.
+    nodes: slots of the nodes on the rows' paths, from the root downwards, one row's behind the
+    other's. node_starts: ``[R + 1]``.
+    """
+
+    tables: IntArray
+    table_starts: IntArray
+    seen: IntArray
+    nodes: IntArray
+    node_starts: IntArray
+
+
+class PathAttention:
+    """One step's attention, for every layer: norms and rotates heads, writes KV, attends.
+
+    turns: complex ``[R, 2, D / 2]``, of queries (scaled by 1/sqrt(D)) and of keys.
+    slots: int64 ``[R]``, where the rows' keys and values go. shape: ``(H, G, D)``.
+    """
+
+    def __init__(
+        self,
+        native: ModuleType,
+        keys: PathKeys,
+        *,
+        turns: torch.Tensor,
+        slots: torch.Tensor,
+        shape: tuple[int, int, int],
+        block: int,
+    ) -> None:
+        rows = len(keys.seen)
+        # What addresses are taken of must live as long as they are used.
+        self._held = keys, turns, slots
+        self._native = native
+        self._sizes = (rows, *shape, block)
+        self._turns = turns.data_ptr()
+        self._slots = slots.data_ptr()
+        self._keys = tuple(
+            each.ctypes.data
+            for each in (keys.tables, keys.table_starts, keys.seen, keys.nodes, keys.node_starts)
+        )
+
+    def __call__(
+        self,
+        heads: torch.Tensor,
+        norm: torch.Tensor | None,
+        eps: float,
+        pool: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """heads: ``[R or more, (H + 2 G) * D]``, contiguous. norm: ``[H + G, D]`` of float32, or None.
+
+        pool: float32 ``[N, 2, G, D]``, one layer's keys and values. out: ``[R or more, H * D]``,
+        filled in place.
+        """
+        self._native.attend(
+            library.KINDS[heads.dtype],
+            *self._sizes,
+            heads.data_ptr(),
+            self._turns,
+            0 if norm is None else norm.data_ptr(),
+            self._slots,
+            pool.data_ptr(),
+            *self._keys,
+            out.data_ptr(),
+            torch.get_num_threads(),
+            eps,
+        )
+
+
+def path_attention_reference(q: torch.Tensor, pool: torch.Tensor, keys: PathKeys, block: int) -> torch.Tensor:
+    """Attention ``[R, G, Q, D]`` in float64 of rotated ``q`` ``[R, G, Q, D]`` over ``pool``."""
+    results = []
+    for row, (start, seen) in enumerate(zip(keys.table_starts, keys.seen, strict=True)):
+        positions = np.arange(seen)
+        slots = keys.tables[start + positions // block] * block + positions % block
+        path = keys.nodes[keys.node_starts[row] : keys.node_starts[row + 1]]
+        entries = pool[torch.from_numpy(np.concatenate((slots, path)))].double()
+        scores = torch.einsum("gqd,kgd->gqk", q[row].double(), entries[:, 0])
+        results.append(torch.einsum("gqk,kgd->gqd", scores.softmax(-1), entries[:, 1]))
+    return torch.stack(results)
