@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "numbers.hpp"
@@ -27,7 +28,6 @@
 
 namespace outrider {
 
-constexpr size_t CHUNK = 16;               // products summed before they join the total
 constexpr size_t AHEAD = 2048;             // bytes by which weights are prefetched
 constexpr size_t THREAD_WORK = 96u << 10;  // bytes of weights that are worth waking a thread for
 
@@ -88,21 +88,50 @@ INLINE void store(const Job& job, size_t group, size_t row, size_t rows, float* 
 }
 
 
+// A block of rows goes through a group's weights, one of several blocks that do so in turn.
+struct Pass {
+    size_t group, row;
+    size_t number, passes;
+};
+
 // Computes rows [row, row + R) of one group, R being the block's own.
-using Block = void (*)(const Job&, size_t group, size_t row);
+using Block = void (*)(const Job&, const Pass&);
+
+// Fetches weights before they are needed, called once for every 128 bytes that are. The first block
+// reads them from memory and the others from the cache: if only that one looked ahead, memory would
+// stand still while they compute. So each fetches its share of the next group.
+struct Lookahead {
+    const char* line;
+    size_t passes, due = 0;
+
+    Lookahead(const Weights& weights, const Pass& pass) : passes(pass.passes) {
+        line = passes == 1 ? weights.group(pass.group) + AHEAD
+                           : weights.group(pass.group + 1) + weights.group_bytes() * pass.number / passes / 64 * 64;
+    }
+#if OUTRIDER_X86
+    inline __attribute__((always_inline)) void step() {
+        for (due += 2; due >= passes; due -= passes, line += 64) _mm_prefetch(line, _MM_HINT_T0);
+    }
+#endif
+};
 
 // Splits the rows into blocks of like size, at most MOST; blocks[n - 1] computes n of them.
 template <size_t MOST, const Block (&BLOCKS)[MOST]>
 static void by_blocks(const Job& job, size_t first, size_t last) {
     for (size_t g = first; g < last; g++) {
-        size_t left = (job.rows + MOST - 1) / MOST;
-        for (size_t row = 0; row < job.rows; left--) {
-            size_t count = (job.rows - row + left - 1) / left;
-            BLOCKS[count - 1](job, g, row);
+        size_t passes = (job.rows + MOST - 1) / MOST, row = 0;
+        for (size_t number = 0; number < passes; number++) {
+            size_t left = passes - number, count = (job.rows - row + left - 1) / left;
+            BLOCKS[count - 1](job, {g, row, number, passes});
             row += count;
         }
     }
 }
+
+// Products summed before they join the total. What sums in float32 lose is nothing beside the rounding
+// of a result to bfloat16.
+template <class T>
+constexpr size_t CHUNK = sizeof(T) == 2 ? std::numeric_limits<size_t>::max() / 2 : 16;
 
 template <class T>
 constexpr size_t TOGETHER = sizeof(T) == 2 ? 2 : 1;  // inputs that lie beside one another
@@ -119,19 +148,19 @@ INLINE void multiply(const uint16_t* w, const float* x, float* sums) {
 }
 
 template <class T, size_t R>
-static void portable_block(const Job& job, size_t group, size_t row) {
-    const T* w = reinterpret_cast<const T*>(job.weights->group(group));
-    const float* x = static_cast<const float*>(job.x) + row * job.stride;
+static void portable_block(const Job& job, const Pass& pass) {
+    const T* w = reinterpret_cast<const T*>(job.weights->group(pass.group));
+    const float* x = static_cast<const float*>(job.x) + pass.row * job.stride;
     float sums[R * WIDTH] = {}, lost[R * WIDTH] = {};
-    for (size_t start = 0; start < job.weights->padded; start += CHUNK) {
+    for (size_t start = 0; start < job.weights->padded; start += CHUNK<T>) {
         float chunk[R * WIDTH] = {};
-        size_t end = std::min(start + CHUNK, job.weights->padded);
+        size_t end = std::min(start + CHUNK<T>, job.weights->padded);
         for (size_t k = start; k < end; k += TOGETHER<T>)
             for (size_t r = 0; r < R; r++) multiply(w + k * WIDTH, x + r * job.stride + k, chunk + r * WIDTH);
         join<T>(sums, lost, chunk, R * WIDTH);
     }
     recover(sums, lost, R * WIDTH);
-    store<T>(job, group, row, R, sums);
+    store<T>(job, pass.group, pass.row, R, sums);
 }
 
 template <class T>
@@ -143,20 +172,20 @@ constexpr Block PORTABLE[] = {portable_block<T, 1>, portable_block<T, 2>, portab
 #define AVX2 __attribute__((target("avx2,fma")))
 
 template <class T, size_t R>
-AVX2 static void avx2_block(const Job& job, size_t group, size_t row) {
-    const T* w = reinterpret_cast<const T*>(job.weights->group(group));
-    const float* x = static_cast<const float*>(job.x) + row * job.stride;
+AVX2 static void avx2_block(const Job& job, const Pass& pass) {
+    const T* w = reinterpret_cast<const T*>(job.weights->group(pass.group));
+    const float* x = static_cast<const float*>(job.x) + pass.row * job.stride;
     alignas(32) float sums[R * WIDTH] = {}, lost[R * WIDTH] = {}, of_chunk[R * WIDTH];
+    Lookahead ahead(*job.weights, pass);
     const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
-    for (size_t start = 0; start < job.weights->padded; start += CHUNK) {
+    for (size_t start = 0; start < job.weights->padded; start += CHUNK<T>) {
         __m256 chunk[R][4];
         for (auto& of_row : chunk)
             for (auto& part : of_row) part = _mm256_setzero_ps();
-        size_t end = std::min(start + CHUNK, job.weights->padded);
+        size_t end = std::min(start + CHUNK<T>, job.weights->padded);
         for (size_t k = start; k < end; k += TOGETHER<T>) {
             const char* line = reinterpret_cast<const char*>(w + k * WIDTH);
-            _mm_prefetch(line + AHEAD, _MM_HINT_T0);
-            _mm_prefetch(line + AHEAD + 64, _MM_HINT_T0);
+            ahead.step();
 #pragma GCC unroll 4
             for (size_t i = 0; i < 4; i++) {
                 if constexpr (sizeof(T) == 4) {
@@ -182,7 +211,7 @@ AVX2 static void avx2_block(const Job& job, size_t group, size_t row) {
         join<T>(sums, lost, of_chunk, R * WIDTH);
     }
     recover(sums, lost, R * WIDTH);
-    store<T>(job, group, row, R, sums);
+    store<T>(job, pass.group, pass.row, R, sums);
 }
 
 template <class T>
@@ -193,19 +222,19 @@ constexpr Block BY_AVX2[] = {avx2_block<T, 1>, avx2_block<T, 2>, avx2_block<T, 3
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
 
 template <class T, size_t R>
-AVX512 static void avx512_block(const Job& job, size_t group, size_t row) {
-    const T* w = reinterpret_cast<const T*>(job.weights->group(group));
-    const float* x = static_cast<const float*>(job.x) + row * job.stride;
+AVX512 static void avx512_block(const Job& job, const Pass& pass) {
+    const T* w = reinterpret_cast<const T*>(job.weights->group(pass.group));
+    const float* x = static_cast<const float*>(job.x) + pass.row * job.stride;
     alignas(64) float sums[R * WIDTH] = {}, lost[R * WIDTH] = {}, of_chunk[R * WIDTH];
+    Lookahead ahead(*job.weights, pass);
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-    for (size_t start = 0; start < job.weights->padded; start += CHUNK) {
+    for (size_t start = 0; start < job.weights->padded; start += CHUNK<T>) {
         __m512 chunk[R][2];
         for (auto& of_row : chunk) of_row[0] = of_row[1] = _mm512_setzero_ps();
-        size_t end = std::min(start + CHUNK, job.weights->padded);
+        size_t end = std::min(start + CHUNK<T>, job.weights->padded);
         for (size_t k = start; k < end; k += TOGETHER<T>) {
             const char* line = reinterpret_cast<const char*>(w + k * WIDTH);
-            _mm_prefetch(line + AHEAD, _MM_HINT_T0);
-            _mm_prefetch(line + AHEAD + 64, _MM_HINT_T0);
+            ahead.step();
             if constexpr (sizeof(T) == 4) {
                 __m512 left = _mm512_load_ps(line), right = _mm512_load_ps(line + 64);
 #pragma GCC unroll 12
@@ -236,7 +265,7 @@ AVX512 static void avx512_block(const Job& job, size_t group, size_t row) {
         join<T>(sums, lost, of_chunk, R * WIDTH);
     }
     recover(sums, lost, R * WIDTH);
-    store<T>(job, group, row, R, sums);
+    store<T>(job, pass.group, pass.row, R, sums);
 }
 
 #define TWELVE(block)                                                                          \
@@ -254,14 +283,14 @@ constexpr Block BY_AVX512[] = TWELVE(AVX512_BLOCK);
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
 
 template <size_t R>
-AVX512_BF16 static void bf16_block(const Job& job, size_t group, size_t row) {
-    const char* line = job.weights->group(group);
-    const uint16_t* x = static_cast<const uint16_t*>(job.x) + row * job.stride;
+AVX512_BF16 static void bf16_block(const Job& job, const Pass& pass) {
+    const char* line = job.weights->group(pass.group);
+    const uint16_t* x = static_cast<const uint16_t*>(job.x) + pass.row * job.stride;
+    Lookahead ahead(*job.weights, pass);
     __m512 total[R][2];
     for (auto& of_row : total) of_row[0] = of_row[1] = _mm512_setzero_ps();
     for (size_t k = 0; k < job.weights->padded; k += 2, line += 128) {
-        _mm_prefetch(line + AHEAD, _MM_HINT_T0);
-        _mm_prefetch(line + AHEAD + 64, _MM_HINT_T0);
+        ahead.step();
         __m512bh left = (__m512bh)_mm512_load_si512(line), right = (__m512bh)_mm512_load_si512(line + 64);
 #pragma GCC unroll 12
         for (size_t r = 0; r < R; r++) {
@@ -278,7 +307,7 @@ AVX512_BF16 static void bf16_block(const Job& job, size_t group, size_t row) {
         _mm512_store_ps(sums + r * WIDTH, total[r][0]);
         _mm512_store_ps(sums + r * WIDTH + 16, total[r][1]);
     }
-    store<uint16_t>(job, group, row, R, sums);
+    store<uint16_t>(job, pass.group, pass.row, R, sums);
 }
 
 #define BF16_BLOCK(R) bf16_block<R>
