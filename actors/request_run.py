@@ -32,7 +32,7 @@ class Pipeline(Protocol):
         """What a ``Grow`` took."""
         ...
 
-    def observe_verdict(self, verdict: Verdict, parents_with_children: int) -> None:
+    def observe_verdict(self, verdict: Verdict, parents_with_children: int, expected: float) -> None:
         """What a verification brought."""
         ...
 
@@ -152,7 +152,7 @@ class RequestRun:
                 drafter=self._draft.name,
             )
             with_children = np.isin(np.append(verdict.accepted, ROOT), tree.parent_indices)
-            self._pipeline.observe_verdict(verdict, int(with_children.sum()))
+            self._pipeline.observe_verdict(verdict, int(with_children.sum()), float(tree.scores.sum()))
 
     def commit(self, tree: DraftTree, verdict: Verdict) -> StepOutput:
         """Makes the accepted path and the target's token part of the text."""

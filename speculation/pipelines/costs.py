@@ -2,14 +2,12 @@
 
 import numpy as np
 
+from outrider.speculation.living_tree import LivingTree
+from outrider.speculation.pipelines.tree_yield import FORGETTING, LEARNING_RATE, TreeYield
+from outrider.speculation.selection import best_budget
 from outrider.speculation.step_cost import StepCostModel
-from outrider.speculation.tree import MAX_TREE_DEPTH
 from outrider.speculation.types import FloatArray
 
-LEARNING_RATE = 0.05
-"""Weight of one round in the running estimates."""
-FORGETTING = 0.005
-"""How fast the estimates of an unused drafter return to where they are tried again."""
 SETTLED = 32
 REFIT_EVERY = 8
 """The curve is fitted anew after every one of the first target steps, then after so many."""
@@ -26,8 +24,7 @@ class CostEstimates:
         self.round_trip: float | None = None
         """Seconds of a remote drafter's round beside its draft steps; None before the first."""
         self.hit_probability = FIRST_HIT_PROBABILITY
-        self._depth_hits = np.full(MAX_TREE_DEPTH, FIRST_HIT_PROBABILITY)
-        """Chance that an accepted path goes on at each depth, if so many draft steps were taken."""
+        self.trees = TreeYield()
         self._curve: FloatArray | None = None
         self._num_observed = 0
 
@@ -51,28 +48,25 @@ class CostEstimates:
         """What a remote drafter's round took beside its draft steps."""
         self.round_trip = _updated(self.round_trip, seconds)
 
-    def observe_children(self, hits: int, misses: int) -> None:
-        """Nodes on the accepted path whose children held the target's token, or did not."""
-        for hit in (1.0,) * hits + (0.0,) * misses:
-            self.hit_probability += LEARNING_RATE * (hit - self.hit_probability)
+    def observe_verdict(self, hits: int, parents_with_children: int, expected: float) -> None:
+        """So many tokens of a tree were accepted whose path scores sum up to ``expected``.
 
-    def observe_depth(self, hits: int, steps: int) -> None:
-        """A verification accepted so many tokens of a tree of so many draft steps."""
-        seen = slice(0, min(hits + 1, steps, MAX_TREE_DEPTH))
-        went_on = np.arange(MAX_TREE_DEPTH)[seen] < hits
-        self._depth_hits[seen] += LEARNING_RATE * (went_on - self._depth_hits[seen])
-
-    def reached_depths(self, depth: int) -> FloatArray:
-        """Chance of accepting 1, 2, ... ``depth`` tokens, ``[depth]``, if so many steps are taken.
-
-        Deeper is not easier: what has never been drafted counts as what has.
+        parents_with_children: nodes of root and accepted path that had children in the tree.
         """
-        return np.cumprod(np.minimum.accumulate(self._depth_hits[:depth]), dtype=np.float64)
+        for hit in (1.0,) * hits + (0.0,) * (parents_with_children - hits):
+            self.hit_probability += LEARNING_RATE * (hit - self.hit_probability)
+        if expected:
+            self.trees.observe_verdict(expected, hits)
+
+    def best_budget(self, tree: LivingTree, most: int) -> int:
+        """How many of a remote drafter's best nodes to verify, its scores taken for what they are worth."""
+        live = -np.sort(-tree.path_scores[tree.slots])
+        return best_budget(self.trees.trust * live, self.curve(most + 1))
 
     def forget_a_little(self) -> None:
         """After a step without drafting: what made it unattractive may have changed."""
         self.hit_probability += FORGETTING * (FIRST_HIT_PROBABILITY - self.hit_probability)
-        self._depth_hits += FORGETTING * (FIRST_HIT_PROBABILITY - self._depth_hits)
+        self.trees.forget_a_little()
         if self.draft_seconds is not None:
             self.draft_seconds *= 1 - FORGETTING
         if self.round_trip is not None:

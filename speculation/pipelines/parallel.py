@@ -7,12 +7,9 @@ pre-verify, Liu et al., "PEARL: Parallel Speculative Decoding with Adaptive Draf
 2024); otherwise drafting goes on during verification (its post-verify).
 """
 
-import numpy as np
-
 from outrider.speculation.pipelines.actions import RemoteDraft, Verify
 from outrider.speculation.pipelines.costs import CostEstimates
 from outrider.speculation.pipelines.shape import TreeShape
-from outrider.speculation.selection import best_budget
 from outrider.speculation.types import Verdict
 
 
@@ -26,11 +23,8 @@ class ParallelPipeline:
         """As many of the nodes at hand as raise the expected tokens per second."""
         if not self.shape.adaptive:
             return Verify(self.shape.num_speculative_tokens)
-        live = -np.sort(-draft.tree.path_scores[draft.tree.slots])
-        curve = self.costs.curve(self.shape.num_speculative_tokens + 1)
-        return Verify(best_budget(live, curve))
+        return Verify(self.costs.best_budget(draft.tree, self.shape.num_speculative_tokens))
 
-    def observe_verdict(self, verdict: Verdict, parents_with_children: int) -> None:
+    def observe_verdict(self, verdict: Verdict, parents_with_children: int, expected: float) -> None:
         """See ``SerialPipeline.observe_verdict``."""
-        hits = verdict.num_accepted_tokens
-        self.costs.observe_children(hits, parents_with_children - hits)
+        self.costs.observe_verdict(verdict.num_accepted_tokens, parents_with_children, expected)

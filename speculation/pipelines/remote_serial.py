@@ -1,19 +1,19 @@
 """``pipeline: serial`` with the drafter in another process: its growth and verification take turns.
 
 A commit tells the drafter how many steps to take; the target waits for them, then verifies.
-How many steps maximises expected tokens per second: with hit probabilities h_1, h_2, ... by
-depth, k steps yield ``1 + h_1 + h_1 h_2 + ...`` (k + 1 terms) tokens in ``T_target + round trip +
-k * T_draft`` (vanilla speculative decoding, Leviathan et al., 2023, theorem 3.8, with the trip
-added and the chances told apart). A drafter that does not answer in time is not waited for
-again until it has caught up.
+How many steps maximises expected tokens per second: k steps and the n best nodes of what they
+grow yield ``1 + tokens(k, n)`` in ``T_target(1 + n) + round trip + k * T_draft`` (vanilla
+speculative decoding, Leviathan et al., 2023, theorem 3.8, with the trip added and a tree in
+place of the chain; ``TreeYield`` learns the tokens). A drafter that does not answer in time is
+not waited for again until it has caught up.
 """
 
 import numpy as np
 
+from outrider.speculation.living_tree import LivingTree
 from outrider.speculation.pipelines.actions import RemoteDraft, Round, Verify, Wait
 from outrider.speculation.pipelines.costs import CostEstimates
 from outrider.speculation.pipelines.shape import TreeShape
-from outrider.speculation.selection import best_budget
 from outrider.speculation.types import Verdict
 
 MAX_PATIENCE = 0.2
@@ -33,8 +33,6 @@ class RemoteSerialPipeline:
         """When the decision at hand was first asked for."""
         self._judged: float | None = None
         """When the round began that was last learnt from."""
-        self._drafted_depth = 0
-        """Draft steps that the tree under verification was given."""
 
     def decide(self, draft: RemoteDraft, now: float) -> Wait | Verify:
         """The next action; call again whenever something has arrived or the time is up."""
@@ -52,25 +50,20 @@ class RemoteSerialPipeline:
             self._late = False
         # That no steps were allowed needs no answer, which would come after the next commit.
         if current.ended is not None or not current.allowed:
-            self._learn(current)
-        self._drafted_depth = current.steps
+            self._learn(current, draft.tree)
         draft.steps_after_commit = self._best_steps()
         return Verify(self._budget(draft))
 
-    def observe_verdict(self, verdict: Verdict, parents_with_children: int) -> None:
+    def observe_verdict(self, verdict: Verdict, parents_with_children: int, expected: float) -> None:
         """See ``SerialPipeline.observe_verdict``."""
-        hits = verdict.num_accepted_tokens
-        self.costs.observe_children(hits, parents_with_children - hits)
-        self.costs.observe_depth(hits, self._drafted_depth)
+        self.costs.observe_verdict(verdict.num_accepted_tokens, parents_with_children, expected)
 
     def _budget(self, draft: RemoteDraft) -> int:
         if not self.shape.adaptive:
             return self.shape.num_speculative_tokens
-        live = -np.sort(-draft.tree.path_scores[draft.tree.slots])
-        curve = self.costs.curve(self.shape.num_speculative_tokens + 1)
-        return best_budget(live, curve)
+        return self.costs.best_budget(draft.tree, self.shape.num_speculative_tokens)
 
-    def _learn(self, current: Round) -> None:
+    def _learn(self, current: Round, tree: LivingTree) -> None:
         if self._judged == current.began:
             return
         self._judged = current.began
@@ -79,6 +72,7 @@ class RemoteSerialPipeline:
         elif current.ended is not None and current.steps and not current.opening:
             self.costs.observe_draft_step(current.seconds / current.steps)
             self.costs.observe_round_trip(max(0.0, current.ended - current.began - current.seconds))
+            self.costs.trees.observe_tree(tree, self.shape.width, current.steps)
 
     def _patience(self, steps: int) -> float:
         costs = self.costs
@@ -92,9 +86,8 @@ class RemoteSerialPipeline:
         depth, costs = self.shape.depth, self.costs
         if not self.shape.adaptive:
             return depth
-        steps = np.arange(depth + 1)
-        tokens = np.cumsum(np.append(1.0, costs.reached_depths(depth)))
-        rows = np.minimum(self.shape.width * steps, self.shape.num_speculative_tokens)
-        verify = costs.curve(self.shape.num_speculative_tokens + 1)[rows]
+        nodes = self.shape.num_speculative_tokens
+        steps = np.arange(depth + 1)[:, None]
         draft = np.where(steps > 0, (costs.round_trip or 0.0) + steps * (costs.draft_seconds or 0.0), 0.0)
-        return int((tokens / (verify + draft)).argmax())
+        rates = (1.0 + costs.trees.tokens(depth, nodes)) / (costs.curve(nodes + 1) + draft)
+        return int(rates.argmax()) // (nodes + 1)

@@ -52,15 +52,15 @@ class SerialPipeline:
             self.costs.observe_draft_step(seconds)
             self._spent += seconds
 
-    def observe_verdict(self, verdict: Verdict, parents_with_children: int) -> None:
+    def observe_verdict(self, verdict: Verdict, parents_with_children: int, expected: float) -> None:
         """Learns from one verification.
 
         parents_with_children: nodes of root and accepted path that had children in the tree.
+        expected: sum of the tree's path scores.
         """
         if not self._steps:
             self.costs.forget_a_little()
-        hits = verdict.num_accepted_tokens
-        self.costs.observe_children(hits, parents_with_children - hits)
+        self.costs.observe_verdict(verdict.num_accepted_tokens, parents_with_children, expected)
         self._steps, self._spent = 0, 0.0
 
     def _growth_pays(self, tree: LivingTree, live: FloatArray, curve: FloatArray) -> bool:

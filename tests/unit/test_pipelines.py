@@ -127,7 +127,7 @@ def test_serial_stops_drafting_that_does_not_pay_and_tries_again() -> None:
             draft.answer(now, step=0.03)
         pipeline.decide(draft, now)
         if allowed and allowed[-1]:
-            pipeline.observe_verdict(Verdict(accepted=np.zeros(0, np.int64), token=0), 1)
+            pipeline.observe_verdict(Verdict(accepted=np.zeros(0, np.int64), token=0), 1, 1.0)
         allowed.append(draft.steps_after_commit)
         draft.commit(now)
         now += 0.05
