@@ -41,8 +41,9 @@ def main() -> None:
     result = {}
     with (
         inflated(pair.TARGET, args.parameters) as target,
-        without_ray(target) as local,
+        # First, for Ray forks, which may get stuck beside threads of gRPC.
         on_ray(target) as cluster,
+        without_ray(target) as local,
     ):
         for temperature in args.temperatures:
             for pipeline in PIPELINES:

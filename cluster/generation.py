@@ -115,12 +115,9 @@ class TextGenerator(ABC):
 
     def complete(self, request: Request, on_step: Callable[[StepOutput], None] | None = None) -> Completion:
         """Serves one prepared request; ``on_step`` sees every step as it is made."""
-        for step in self.steps(request):
-            if isinstance(step, Completion):
-                return step
-            if on_step is not None:
-                on_step(step)
-        raise AssertionError("a request's last step is its completion")
+        seen: OnStep | None = None if on_step is None else lambda _, step: on_step(step)
+        (done,) = self.complete_all([request], seen)
+        return done
 
     def __enter__(self) -> Self:
         return self

@@ -6,6 +6,7 @@ Each is made light, so that it can be placed and asked where it is, and loads it
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -127,22 +128,18 @@ class TargetHost(Host):
                 raise InvalidRequestError(f"{name} must be at most {limit} on this cluster, not {value}")
         return self._llm.prepare(prompt, params, speculative=speculative, pipeline=pipeline)
 
-    async def generate(self, requests: Sequence[Request]) -> AsyncIterator[list[StepEvent]]:
-        """Serves requests; what each engine step brought them, until all are finished."""
-        arrived: asyncio.Queue[list[StepEvent]] = asyncio.Queue()
+    async def generate(self, requests: Sequence[Request], interval: float) -> AsyncIterator[list[StepEvent]]:
+        """Serves requests; what the engine's steps brought them, until all are finished.
+
+        interval: seconds between two lots, unless one finishes a request; with 0 each step is one.
+        """
+        lots = _Lots(self._loop, interval)
         left = len(requests)
-
-        def bring(events: list[StepEvent]) -> None:
-            self._loop.call_soon_threadsafe(arrived.put_nowait, events)
-
-        call = self._engine.submit(requests, bring)
+        call = self._engine.submit(requests, lots.bring)
         try:
             while left:
-                events = await arrived.get()
-                # A step may have ended while the last one's events were on their way.
-                while not arrived.empty():
-                    events += arrived.get_nowait()
-                left -= sum(each.completion is not None or each.error is not None for each in events)
+                events = await lots.take()
+                left -= sum(_is_last(each) for each in events)
                 yield events
         finally:
             if left:
@@ -201,3 +198,37 @@ class TargetHost(Host):
                 self._ended.set_exception(error)
 
         self._loop.call_soon_threadsafe(end)
+
+
+class _Lots:
+    """Events on their way from the engine's thread to a caller.
+
+    Every lot costs the engine time, for Python's threads take turns: about a tenth of a 30 ms step.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:
+        self._loop, self._interval = loop, interval
+        self._arrived: asyncio.Queue[list[StepEvent]] = asyncio.Queue()
+        self._gathered: list[StepEvent] = []
+        self._due = 0.0
+
+    def bring(self, events: list[StepEvent]) -> None:
+        """On the engine's thread: what one step brought."""
+        self._gathered += events
+        now = time.monotonic()
+        if now >= self._due or any(map(_is_last, events)):
+            self._due = now + self._interval
+            lot, self._gathered = self._gathered, []
+            self._loop.call_soon_threadsafe(self._arrived.put_nowait, lot)
+
+    async def take(self) -> list[StepEvent]:
+        """Everything that has arrived, at least one lot."""
+        events = await self._arrived.get()
+        # A step may have ended while the last one's events were on their way.
+        while not self._arrived.empty():
+            events += self._arrived.get_nowait()
+        return events
+
+
+def _is_last(event: StepEvent) -> bool:
+    return event.completion is not None or event.error is not None

@@ -33,9 +33,10 @@ class Call:
 
 
 class Calls:
-    """The calls in flight, and what they bring."""
+    """The calls in flight, and what they bring. interval: see ``TargetHost.generate``."""
 
-    def __init__(self) -> None:
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
         self._calls: dict[ObjectRefGenerator, Call] = {}
 
     @property
@@ -52,7 +53,8 @@ class Calls:
         for item in items:
             item.restart()
         requests = [item.request for item in items]
-        stream: ObjectRefGenerator = target.generate.options(num_returns="streaming").remote(requests)
+        streaming: Any = target.generate.options(num_returns="streaming")
+        stream: ObjectRefGenerator = streaming.remote(requests, self._interval)
         self._calls[stream] = Call(name, items)
 
     def next(self) -> tuple[Call, list[StepEvent] | None]:
@@ -137,9 +139,9 @@ class RayController:
         return prepared
 
     @contextmanager
-    def calls(self) -> Iterator[Calls]:
+    def calls(self, interval: float) -> Iterator[Calls]:
         """Calls that end with the block."""
-        calls = Calls()
+        calls = Calls(interval)
         try:
             yield calls
         finally:

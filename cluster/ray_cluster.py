@@ -17,6 +17,8 @@ from outrider.speculation.sampling_params import SamplingParams
 
 CALLS_AHEAD = 2
 """Batches of requests that a target is given, so that its own never runs dry."""
+LOT_SECONDS = 0.25
+"""Between two lots of steps from a target where nobody looks at single steps."""
 Item = StepOutput | Completion
 
 
@@ -71,7 +73,7 @@ class Cluster(TextGenerator):
         Raises:
             TargetLostError: there is no other target.
         """
-        yield from (item for _, item in self._serve(iter([request])))
+        yield from (item for _, item in self._serve(iter([request]), 0.0))
 
     def complete_all(
         self, requests: Iterable[Request], on_step: OnStep | None = None
@@ -85,7 +87,7 @@ class Cluster(TextGenerator):
                 order.append(request)
                 yield request
 
-        for request, item in self._serve(noted()):
+        for request, item in self._serve(noted(), LOT_SECONDS if on_step is None else 0.0):
             if isinstance(item, Completion):
                 finished[request] = item
             elif on_step is not None:
@@ -109,10 +111,10 @@ class Cluster(TextGenerator):
         """See ``TextGenerator``."""
         self._open.close()
 
-    def _serve(self, requests: Iterator[Request]) -> Iterator[tuple[Request, Item]]:
-        """Everything that happens to the requests, as it happens."""
+    def _serve(self, requests: Iterator[Request], interval: float) -> Iterator[tuple[Request, Item]]:
+        """Everything that happens to the requests; ``interval``: see ``TargetHost.generate``."""
         again: deque[Progress] = deque()
-        with self._controller.calls() as calls:
+        with self._controller.calls(interval) as calls:
             while True:
                 self._hand_out(again, requests, calls)
                 if not calls.open:
