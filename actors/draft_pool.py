@@ -5,6 +5,7 @@ costs its requests their growth and nothing else: they are opened at another wor
 decoded plainly until one is back.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ from outrider.actors.transport import Arrivals, Disconnected, DraftChannel, Over
 from outrider.speculation.replication.messages import DrafterMessage, GrowthLimits, Lost, Welcome
 from outrider.speculation.request import Request
 from outrider.speculation.statistics import SpeculationStatistics
+
+log = logging.getLogger(__name__)
 
 REPLICA_CAPACITY = 512
 """Nodes of a request's tree at the target."""
@@ -222,3 +225,4 @@ class DraftPool:
             assert link.welcome is not None
             link.sessions[session.number] = session
             session.open_at(link.channel, link.welcome.name)
+            log.info("request %s: session %d at %s", session.request_id, session.number, link.welcome.name)

@@ -4,6 +4,7 @@ Between two steps it takes in what arrived, so that a commit is heeded within on
 holds no truth: whatever it cannot follow it gives up, and the target opens it anew.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from outrider.speculation.replication.replica import GapError
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.statistics import WorkerStatistics
 from outrider.speculation.types import IntArray
+
+log = logging.getLogger(__name__)
 
 MAX_STEP_NODES = 16
 """Nodes that one step expands over all sessions; more make every session's answer late."""
@@ -175,10 +178,12 @@ class DraftWorker:
 
     def joined(self, peer: TargetPeer, hello: Hello) -> None:
         """A target has connected."""
+        log.info("a target has connected")
         self._targets[peer] = _Target(hello.eos_ids)
 
     def left(self, peer: TargetPeer) -> None:
         """A target's stream has ended: all its sessions go."""
+        log.info("a target has left")
         target = self._targets.pop(peer, None)
         for session in target.sessions.values() if target else ():
             session.growing.close()
@@ -280,6 +285,7 @@ class DraftWorker:
         except OutriderError as error:
             self._lose(peer, target, opening.session, opening.generation, str(error))
             return
+        log.info("session %d: drafts behind %d tokens", opening.session, len(opening.token_ids))
         self.statistics.sessions_opened += 1
         target.sessions[opening.session] = _Session(
             peer=peer,
@@ -311,6 +317,7 @@ class DraftWorker:
             target.forget(close.session, close.generation)
 
     def _lose(self, peer: TargetPeer, target: _Target, session: int, generation: int, reason: str) -> None:
+        log.warning("session %d: lost: %s", session, reason)
         self._drop(target, session)
         self.statistics.sessions_lost += 1
         peer.send(Lost(session=session, generation=generation, reason=reason))

@@ -1,5 +1,6 @@
 """A target engine on a thread of its own, for processes that serve several callers."""
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -7,6 +8,8 @@ from typing import TypeAlias
 
 from outrider.actors.running_batch import RunningBatch, Ticket
 from outrider.speculation.request import Request, StepEvent
+
+log = logging.getLogger(__name__)
 
 Sink: TypeAlias = Callable[[list[StepEvent]], None]
 """Takes the events that one step brought a call; called on the engine's thread, must not block."""
@@ -86,17 +89,35 @@ class EngineLoop:
             events.setdefault(call, []).append(event)
             if ticket.finished:
                 del self._calls[ticket], call.tickets[ticket]
+                _log_end(ticket)
         for call, brought in events.items():
             call.sink(brought)
 
     def _admit(self, call: Call) -> None:
         for index, request in enumerate(call.requests):
+            log.info("request %s: %d prompt tokens", request.request_id, len(request.prompt_ids))
             ticket = self._batch.submit(request)
             call.tickets[ticket] = index
             self._calls[ticket] = call
 
     def _drop(self, call: Call) -> None:
         for ticket in call.tickets:
+            log.info("request %s: cancelled", ticket.request.request_id)
             self._batch.cancel(ticket)
             del self._calls[ticket]
         call.tickets.clear()
+
+
+def _log_end(ticket: Ticket) -> None:
+    done = ticket.completion
+    if done is None:
+        log.warning("request %s: %s", ticket.request.request_id, ticket.error)
+        return
+    log.info(
+        "request %s: %s after %d tokens in %d steps, %d tokens drafted",
+        ticket.request.request_id,
+        done.finish_reason,
+        len(done.token_ids),
+        done.stats.target_steps,
+        done.stats.num_accepted_tokens,
+    )

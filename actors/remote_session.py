@@ -62,6 +62,11 @@ class RemoteSession:
         self.round = Round(began=clock(), allowed=0)
 
     @property
+    def request_id(self) -> str:
+        """Of the request that is drafted for."""
+        return self._request.request_id
+
+    @property
     def reachable(self) -> bool:
         """Whether a worker drafts for this request."""
         return self._replica is not None

@@ -4,6 +4,7 @@ Plain asyncio; what starts processes is passed in. All of it runs in one event l
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -14,6 +15,8 @@ from outrider.cluster.directory import Directory, DraftWorkerEntry, Place
 from outrider.cluster.placement import Need, needs_of
 from outrider.cluster.supervisor import Action, Discard, MemberState, Phase, Role, Supervisor
 from outrider.speculation.errors import OutriderError, WorkerError
+
+log = logging.getLogger(__name__)
 
 
 class Target(Protocol):
@@ -157,19 +160,28 @@ class Controller:
     def _perform(self, actions: Sequence[Action]) -> None:
         for action in actions:
             if isinstance(action, Discard):
+                log.info("%s epoch %d: discarded", action.member, action.epoch)
                 self._launcher.discard(action.member, action.epoch)
                 continue
             need, role = self._needs[action.member], self._supervisor.members[action.member].role
+            log.info("%s epoch %d: started", action.member, action.epoch)
             reports = _Reports(self, action.member, action.epoch)
             self._launcher.launch(need, role, action.epoch, self._directory.addresses, reports)
 
     def unplaced(self, name: str, epoch: int, reason: str) -> None:
         """See ``Reports``."""
+        log.info("%s epoch %d: %s", name, epoch, reason)
         self._supervisor.unplaced(name, epoch, reason)
         self._note_change()
 
     def placed(self, name: str, epoch: int, places: list[Place]) -> None:
         """See ``Reports``."""
+        log.info(
+            "%s epoch %d: placed at %s",
+            name,
+            epoch,
+            ", ".join(f"{each.node} as {each.pid}" for each in places),
+        )
         self._supervisor.placed(name, epoch)
         self._places[name] = places
         self._note_change()
@@ -179,6 +191,7 @@ class Controller:
         if self._supervisor.started(name, epoch, self._clock()):
             (place,) = self._places[name]
             entry = DraftWorkerEntry(name=name, epoch=epoch, address=address, model=model, place=place)
+            log.info("%s epoch %d: drafts with %s at %s", name, epoch, model, address)
             self._directory.register(entry)
             self._publish()
         self._note_change()
@@ -186,6 +199,7 @@ class Controller:
     def serving(self, name: str, epoch: int, target: Target) -> None:
         """See ``Reports``."""
         if self._supervisor.started(name, epoch, self._clock()):
+            log.info("%s epoch %d: serves", name, epoch)
             self._targets[name] = target
             # Drafters may have come and gone while it loaded.
             target.draft_with(self._directory.addresses)
@@ -193,6 +207,7 @@ class Controller:
 
     def ended(self, name: str, epoch: int, reason: str, *, lasting: bool) -> None:
         """See ``Reports``."""
+        log.warning("%s epoch %d: %s", name, epoch, reason)
         actions = self._supervisor.ended(name, epoch, self._clock(), reason, lasting=lasting)
         if actions:
             self._targets.pop(name, None)

@@ -6,6 +6,7 @@ from typing import Any
 
 from outrider.actors.security import Security
 from outrider.cluster.cluster_config import ClusterConfig
+from outrider.cluster.component_logs import log_as
 from outrider.cluster.controller import Controller
 
 
@@ -39,6 +40,7 @@ class ControllerHost:
         if self._controller is None:
             from outrider.cluster.ray_launcher import RayLauncher
 
+            log_as("controller")
             config, security, host = self._arguments
             launcher = RayLauncher(config, security, host=host)
             self._controller = Controller(config, launcher, time.monotonic)

@@ -13,6 +13,7 @@ from typing import Any
 
 from outrider.actors.security import Security
 from outrider.cluster.cluster_config import ClusterConfig, DraftPoolConfig
+from outrider.cluster.component_logs import log_as
 from outrider.cluster.directory import Place
 from outrider.cluster.generation import Prompt
 from outrider.cluster.interfaces import address_of
@@ -36,6 +37,7 @@ class DraftSettings:
 class TargetSettings:
     """What one rank of a target group is. addresses: of the draft workers at the time."""
 
+    name: str
     config: ClusterConfig
     security: Security
     addresses: list[str]
@@ -65,6 +67,7 @@ class DraftHost(Host):
         """
         import torch
 
+        log_as(settings.name)
         from outrider.cluster.draft_service import make_draft_process
         from outrider.models.demo import pair
 
@@ -103,6 +106,7 @@ class TargetHost(Host):
             ModelError: the model cannot be loaded.
             InvalidConfigError: a setting is not possible on this node.
         """
+        log_as(settings.name)
         self._limits = settings.config.limits
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()

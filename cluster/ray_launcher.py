@@ -96,7 +96,9 @@ class RayLauncher:
                 for index in range(need.ranks)
             ]
             reports.placed(await asyncio.gather(*(rank.place.remote() for rank in ranks)))
-            settings = TargetSettings(config=self._config, security=self._security, addresses=addresses)
+            settings = TargetSettings(
+                name=need.name, config=self._config, security=self._security, addresses=addresses
+            )
             await self._in_time(asyncio.gather(*(rank.start.remote(settings) for rank in ranks)))
             reports.serving(_RayTarget(ranks[0]))
             # One lost rank is the end of all: none of them can go on alone.

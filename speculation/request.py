@@ -1,6 +1,7 @@
 """One request on its way through an engine, and what it gives back."""
 
 from dataclasses import dataclass, field
+from uuid import uuid4
 
 from outrider.speculation.errors import OutriderError
 from outrider.speculation.sampling_params import SamplingParams
@@ -16,6 +17,7 @@ class Request:
     speculative: whether the engine's drafter may help; the tokens are the same either way.
     pipeline: how drafting and verification take turns, see ``pipelines.registry``; the engine's
         own by default.
+    request_id: what log lines call it.
     """
 
     prompt_ids: IntArray
@@ -23,6 +25,7 @@ class Request:
     choice: int = 0
     speculative: bool = True
     pipeline: str | None = None
+    request_id: str = field(default_factory=lambda: uuid4().hex[:16])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
