@@ -155,9 +155,9 @@ def test_the_tokens_are_those_of_one_process(
 
 def test_accepted_tokens_are_attributed_to_the_draft_worker(cluster: Cluster) -> None:
     done = list(cluster.complete_all(requests_of(cluster, PROMPTS, GREEDY)))
-    for each in done:
-        assert each.stats.num_accepted_tokens > 0
-        assert each.stats.accepted_by_drafter == {"draft-0": each.stats.num_accepted_tokens}
+    accepted = [each.stats.num_accepted_tokens for each in done]
+    assert sum(accepted) > 0
+    assert [each.stats.accepted_by_drafter.get("draft-0", 0) for each in done] == accepted
     assert {row["name"]: row["role"] for row in cluster.status()} == {
         "target-0": "target",
         "draft-0": "draft",
