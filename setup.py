@@ -28,7 +28,7 @@ def native(name: str, *headers: str) -> Extension:
 
 setup(
     ext_modules=[
-        native("linear", "numbers.hpp", "openmp.hpp", "weights.hpp", "binding.hpp"),
+        native("linear", "numbers.hpp", "openmp.hpp", "weights.hpp", "selecting.hpp", "binding.hpp"),
         native(
             "layers",
             "numbers.hpp",
@@ -36,6 +36,7 @@ setup(
             "vectors.hpp",
             "pointwise.hpp",
             "attention.hpp",
+            "selecting.hpp",
             "layers_binding.hpp",
         ),
         native("replication", "grafting.hpp", "reading.hpp"),

@@ -1,37 +1,14 @@
-// The Python module: packed weights that are called with addresses, to keep a call below a microsecond.
+// The Python module: packed weights that are called with addresses.
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "selecting.hpp"
 
 namespace {
-
-using outrider::Path;
-using outrider::PATHS;
-
-std::atomic<const Path*> selected{nullptr};
 
 struct PackedObject {
     PyObject_HEAD
     vectorcallfunc call;
     outrider::Weights* weights;
 };
-
-// One argument as an address or a size; negative numbers are refused by Python itself.
-bool read(PyObject* from, size_t& into) {
-    into = PyLong_AsSize_t(from);
-    return !(into == static_cast<size_t>(-1) && PyErr_Occurred());
-}
-
-template <size_t N>
-bool read_all(PyObject* const* args, Py_ssize_t given, size_t (&into)[N]) {
-    if (given != static_cast<Py_ssize_t>(N)) {
-        PyErr_Format(PyExc_TypeError, "%zu arguments expected, %zd given", N, given);
-        return false;
-    }
-    for (size_t i = 0; i < N; i++)
-        if (!read(args[i], into[i])) return false;
-    return true;
-}
 
 PyObject* packed_call(PyObject* self, PyObject* const* args, size_t nargs, PyObject*) {
     size_t a[4];  // x, y, rows, threads
@@ -88,36 +65,10 @@ PyTypeObject packed_type = [] {
     return type;
 }();
 
-PyObject* paths(PyObject*, PyObject*) {
-    PyObject* names = PyList_New(0);
-    for (const Path& path : PATHS)
-        if (names && path.usable()) {
-            PyObject* name = PyUnicode_FromString(path.name);
-            if (!name || PyList_Append(names, name)) Py_CLEAR(names);
-            Py_XDECREF(name);
-        }
-    return names;
-}
-
-PyObject* select_path(PyObject*, PyObject* name) {
-    const char* wanted = PyUnicode_AsUTF8(name);
-    if (!wanted) return nullptr;
-    for (const Path& path : PATHS)
-        if (!std::strcmp(path.name, wanted) && path.usable()) {
-            selected = &path;
-            Py_RETURN_NONE;
-        }
-    return PyErr_Format(PyExc_ValueError, "this processor has no path %s", wanted);
-}
-
-PyObject* selected_path(PyObject*, PyObject*) { return PyUnicode_FromString(selected.load()->name); }
-
 PyObject* threaded(PyObject*, PyObject*) { return PyBool_FromLong(static_cast<bool>(outrider::OpenMP::get())); }
 
 PyMethodDef methods[] = {
-    {"paths", paths, METH_NOARGS, "Names of the instruction sets that this processor has, fastest first."},
-    {"select", select_path, METH_O, "Computes with this instruction set from now on."},
-    {"selected", selected_path, METH_NOARGS, "The instruction set in use."},
+    SELECTING_METHODS,
     {"threaded", threaded, METH_NOARGS, "Whether an OpenMP runtime was found; without one a call is not split."},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -128,11 +79,7 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_linear", "Linear layers for few r
 }  // namespace
 
 PyMODINIT_FUNC PyInit__linear(void) {
-    for (const Path& path : PATHS)
-        if (path.usable()) {
-            selected = &path;
-            break;
-        }
+    select_fastest();
     if (PyType_Ready(&packed_type)) return nullptr;
     PyObject* created = PyModule_Create(&module);
     if (created && PyModule_AddObjectRef(created, "Packed", reinterpret_cast<PyObject*>(&packed_type))) Py_CLEAR(created);

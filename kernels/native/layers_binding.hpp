@@ -1,28 +1,8 @@
-// The Python module: functions that are called with addresses, to keep a call below a microsecond.
+// The Python module: functions that are called with addresses.
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "selecting.hpp"
 
 namespace {
-
-using outrider::Path;
-using outrider::PATHS;
-
-const Path* selected = nullptr;
-
-// Reads arguments as addresses and sizes; negative numbers are refused by Python itself.
-template <size_t N>
-bool read_all(PyObject* const* args, Py_ssize_t given, size_t (&into)[N]) {
-    if (given != static_cast<Py_ssize_t>(N)) {
-        PyErr_Format(PyExc_TypeError, "%zu arguments expected, %zd given", N, given);
-        return false;
-    }
-    for (size_t i = 0; i < N; i++) {
-        into[i] = PyLong_AsSize_t(args[i]);
-        if (into[i] == static_cast<size_t>(-1) && PyErr_Occurred()) return false;
-    }
-    return true;
-}
 
 template <class T>
 T* at(size_t address) {
@@ -31,7 +11,7 @@ T* at(size_t address) {
 
 template <class T>
 void norm(const size_t (&a)[7], float eps) {
-    selected->kernels<T>().rms_norm(at<T>(a[1]), at<T>(a[2]), at<T>(a[3]), at<T>(a[4]), a[5], a[6], eps);
+    selected.load()->kernels<T>().rms_norm(at<T>(a[1]), at<T>(a[2]), at<T>(a[3]), at<T>(a[4]), a[5], a[6], eps);
 }
 
 PyObject* rms_norm(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
@@ -47,9 +27,9 @@ PyObject* silu_mul(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     size_t a[5];  // kind, gate_up, out, rows, size
     if (!read_all(args, nargs, a)) return nullptr;
     if (a[0])
-        selected->float32.silu_mul(at<float>(a[1]), at<float>(a[2]), a[3], a[4]);
+        selected.load()->float32.silu_mul(at<float>(a[1]), at<float>(a[2]), a[3], a[4]);
     else
-        selected->bfloat16.silu_mul(at<uint16_t>(a[1]), at<uint16_t>(a[2]), a[3], a[4]);
+        selected.load()->bfloat16.silu_mul(at<uint16_t>(a[1]), at<uint16_t>(a[2]), a[3], a[4]);
     Py_RETURN_NONE;
 }
 
@@ -70,8 +50,8 @@ PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     bool enough = true;
     Py_BEGIN_ALLOW_THREADS
     try {
-        a[0] ? outrider::attention<float>(*selected, job, threads)
-             : outrider::attention<uint16_t>(*selected, job, threads);
+        a[0] ? outrider::attention<float>(*selected.load(), job, threads)
+             : outrider::attention<uint16_t>(*selected.load(), job, threads);
     } catch (const std::bad_alloc&) {
         enough = false;
     }
@@ -79,30 +59,6 @@ PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     if (!enough) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
-
-PyObject* paths(PyObject*, PyObject*) {
-    PyObject* names = PyList_New(0);
-    for (const Path& path : PATHS)
-        if (names && path.usable()) {
-            PyObject* name = PyUnicode_FromString(path.name);
-            if (!name || PyList_Append(names, name)) Py_CLEAR(names);
-            Py_XDECREF(name);
-        }
-    return names;
-}
-
-PyObject* select_path(PyObject*, PyObject* name) {
-    const char* wanted = PyUnicode_AsUTF8(name);
-    if (!wanted) return nullptr;
-    for (const Path& path : PATHS)
-        if (!std::strcmp(path.name, wanted) && path.usable()) {
-            selected = &path;
-            Py_RETURN_NONE;
-        }
-    return PyErr_Format(PyExc_ValueError, "this processor has no path %s", wanted);
-}
-
-PyObject* selected_path(PyObject*, PyObject*) { return PyUnicode_FromString(selected->name); }
 
 template <class F>
 PyCFunction function(F* of) {
@@ -113,9 +69,7 @@ PyMethodDef methods[] = {
     {"rms_norm", function(rms_norm), METH_FASTCALL, "See kernels/pointwise.py."},
     {"silu_mul", function(silu_mul), METH_FASTCALL, "See kernels/pointwise.py."},
     {"attend", function(attend), METH_FASTCALL, "See kernels/path_attention.py."},
-    {"paths", paths, METH_NOARGS, "Names of the instruction sets that this processor has, fastest first."},
-    {"select", select_path, METH_O, "Computes with this instruction set from now on."},
-    {"selected", selected_path, METH_NOARGS, "The instruction set in use."},
+    SELECTING_METHODS,
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -125,10 +79,6 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_layers", "What lies between a dec
 }  // namespace
 
 PyMODINIT_FUNC PyInit__layers(void) {
-    for (const Path& path : PATHS)
-        if (path.usable()) {
-            selected = &path;
-            break;
-        }
+    select_fastest();
     return PyModule_Create(&module);
 }
