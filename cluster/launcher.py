@@ -5,18 +5,17 @@ import json
 import os
 import secrets
 import select
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 from outrider.actors.security import Security
 from outrider.cluster.cluster_security import TOKEN_VARIABLE
+from outrider.cluster.interruption import uninterrupted
 from outrider.speculation.errors import WorkerError
 
 START_SECONDS = 120.0
@@ -86,7 +85,7 @@ class LocalWorkers:
         """After ``close``: what each worker that ended in good order says it did."""
         try:
             for index in range(count):
-                with _uninterrupted():
+                with uninterrupted():
                     self._workers.append(self._start(index, 0))
                     self._workers[-1].listen()
             for worker in self._workers:
@@ -119,7 +118,7 @@ class LocalWorkers:
         worker = self._workers[index]
         worker.process.kill()
         _finish(worker)
-        with _uninterrupted():
+        with uninterrupted():
             # The address stays, so that a restart that failed can be tried again.
             self._workers[index] = self._start(index, int(worker.address.rpartition(":")[2]))
             self._workers[index].address = worker.address
@@ -128,7 +127,7 @@ class LocalWorkers:
 
     def close(self) -> None:
         """Ends all workers and waits until they are gone; may be called twice."""
-        with _uninterrupted():
+        with uninterrupted():
             for worker in self._workers:
                 # Their signal to stop; one that hangs is killed.
                 assert worker.process.stdin is not None
@@ -160,24 +159,6 @@ class LocalWorkers:
             start_new_session=True,
         )
         return _Worker(process)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: nothing is started without being known to its owner."""
-    handler = signal.getsignal(signal.SIGINT)
-    # Only a function of the main thread's can interrupt it, and nothing interrupts other threads.
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    came: list[tuple[int, FrameType | None]] = []
-    try:
-        signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if came:
-            handler(*came[0])
 
 
 def _announced_address(worker: _Worker) -> str:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from outrider.cluster.interruption import uninterrupted
 from outrider.speculation.errors import ClusterError, InvalidConfigError
 
 OLDEST_RAY = (2, 55)
@@ -67,9 +68,9 @@ def local_ray(*, debug: bool = False) -> Iterator[None]:
         with _environment(_SETTINGS):
             import ray
 
-            # Also what an interruption leaves half started is ended.
             try:
-                with _as_cluster_error("Ray cannot be started"):
+                # What an interruption leaves half started would not be ended by Ray.
+                with _as_cluster_error("Ray cannot be started"), uninterrupted():
                     ray.init(
                         address="local",
                         include_dashboard=False,
