@@ -154,10 +154,14 @@ def test_the_tokens_are_those_of_one_process(
 
 
 def test_accepted_tokens_are_attributed_to_the_draft_worker(cluster: Cluster) -> None:
-    done = list(cluster.complete_all(requests_of(cluster, PROMPTS, GREEDY)))
-    accepted = [each.stats.num_accepted_tokens for each in done]
-    assert sum(accepted) > 0
-    assert [each.stats.accepted_by_drafter.get("draft-0", 0) for each in done] == accepted
+    def drafted() -> bool:
+        done = list(cluster.complete_all(requests_of(cluster, PROMPTS, GREEDY)))
+        accepted = [each.stats.num_accepted_tokens for each in done]
+        assert [each.stats.accepted_by_drafter.get("draft-0", 0) for each in done] == accepted
+        return sum(accepted) > 0
+
+    # A drafter that was late once may stay so for a text, if the machine is busy.
+    assert until(drafted)
     assert {row["name"]: row["role"] for row in cluster.status()} == {
         "target-0": "target",
         "draft-0": "draft",
