@@ -57,6 +57,9 @@ class CostEstimates:
             self.hit_probability += LEARNING_RATE * (hit - self.hit_probability)
         if expected:
             self.trees.observe_verdict(expected, hits)
+        else:
+            # Else a drafter that lost all credit would never be tried again.
+            self.trees.forgive_a_little()
 
     def best_budget(self, tree: LivingTree, most: int) -> int:
         """How many of a remote drafter's best nodes to verify, its scores taken for what they are worth."""

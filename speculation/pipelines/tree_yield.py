@@ -64,6 +64,10 @@ class TreeYield:
     def forget_a_little(self) -> None:
         """After a step without drafting: what made it unattractive may have changed."""
         self._promised += FORGETTING * (self._prior - self._promised)
+        self.forgive_a_little()
+
+    def forgive_a_little(self) -> None:
+        """After a step that verified nothing, by which no credit can be earned."""
         self._expected += FORGETTING * (1.0 - self._expected)
         self._accepted += FORGETTING * (1.0 - self._accepted)
 

@@ -61,6 +61,21 @@ def test_parallel_verifies_what_pays() -> None:
     assert pipeline.decide(draft, 0.0) == Verify(2)
 
 
+def test_parallel_tries_a_drafter_that_lost_its_credit_again() -> None:
+    curve = 0.05 * (1 + 0.1 * np.arange(64))
+    pipeline, draft = ParallelPipeline(TreeShape(), CostEstimates(StepCostModel(curve))), Draft()
+    draft.tree.add([ROOT], [1], [1.0])
+    wrong = Verdict(accepted=np.zeros(0, np.int64), token=0)
+    budgets = []
+    for _ in range(300):
+        action = pipeline.decide(draft, 0.0)
+        budgets.append(action.budget)
+        pipeline.observe_verdict(wrong, action.budget, float(action.budget))
+    assert 0 in budgets, "what never is accepted is verified for ever"
+    assert 1 in budgets[budgets.index(0) :], "it is never tried again"
+    assert sum(budgets[-100:]) < 50
+
+
 def test_serial_waits_for_the_answer_and_then_verifies() -> None:
     pipeline, draft = serial(), Draft()
     assert pipeline.decide(draft, 0.0) == Wait(MAX_PATIENCE)
