@@ -11,10 +11,13 @@ import numpy as np
 import torch
 
 from outrider.actors.model_runner import ModelRunner
-from outrider.models.batch import Rows, prefill_rows
-from outrider.models.kv_cache import KVSequence
+from outrider.models.batch import Rows, text_rows
+from outrider.models.block_pool import BLOCK, blocks_for
+from outrider.models.kv_cache import KVSequence, NodeArena
 from outrider.models.numerics import MAX_ROWS, MAX_TAIL
 from outrider.speculation.calibration import RankCalibration
+from outrider.speculation.errors import OutOfBlocksError
+from outrider.speculation.growth import Growable, choose_frontiers
 from outrider.speculation.living_tree import LivingTree, Reroot
 from outrider.speculation.request import Request
 from outrider.speculation.sampling import LogitProcessor, TokenChooser, perturb
@@ -26,8 +29,14 @@ from outrider.speculation.types import FloatArray, IntArray
 
 TREE_CAPACITY = MAX_TAIL
 """Nodes that a draft tree holds, and KV entries that a session keeps for them."""
+
 MIN_SCORE = 0.003
 """Children less likely than this, given their parent, are not worth a place in the tree."""
+
+
+def session_blocks(max_tokens: int) -> int:
+    """Blocks that a session of up to ``max_tokens`` tokens holds."""
+    return blocks_for(max_tokens) + blocks_for(TREE_CAPACITY)
 
 
 class ModelDraftEngine:
@@ -62,9 +71,7 @@ class ModelDraftEngine:
         processor = LogitProcessor(params, prompt_ids, self.vocab_size, ending_ids(params, eos_ids))
         processor.commit(output)
         room = min(self.runner.max_model_len, len(token_ids) + params.max_tokens)
-        return ModelDraftSession(
-            self, token_ids, processor, TokenChooser(params, choice), children, self.runner.open(room)
-        )
+        return ModelDraftSession(self, token_ids, processor, TokenChooser(params, choice), children, room)
 
     @torch.inference_mode()
     def grow(self, plan: Sequence[tuple["ModelDraftSession", IntArray]]) -> None:
@@ -127,6 +134,22 @@ class LocalModelDrafting:
             eos_ids=self._eos_ids,
         )
 
+    def grow(self, sessions: Sequence["ModelDraftSession"], width: int) -> list[int]:
+        """See ``LocalDraftEngine``; a long text goes in pieces, one a step."""
+        growable = [
+            Growable(tree=each.tree, width=width, min_score=0.0, root_rows=each.root_rows)
+            for each in sessions
+        ]
+        most = self._engine.max_rows
+        frontiers = choose_frontiers(growable, max_nodes=most, max_rows=most)
+        rows = [
+            min(most, session.root_rows) or len(slots) if len(slots) else 0
+            for session, slots in zip(sessions, frontiers, strict=True)
+        ]
+        plan = zip(sessions, frontiers, strict=True)
+        self._engine.grow([(session, slots) for session, slots in plan if len(slots)])
+        return rows
+
 
 class ModelDraftSession:
     """One request's tree, its KV and what the drafter expects of it."""
@@ -140,12 +163,16 @@ class ModelDraftSession:
         processor: LogitProcessor,
         chooser: TokenChooser,
         children: int,
-        sequence: KVSequence,
+        max_tokens: int,
     ) -> None:
         self.chooser, self.children = chooser, children
         self.tree = LivingTree(Law.COUPLED, TREE_CAPACITY)
-        self._engine, self._processor, self._sequence = engine, processor, sequence
-        self._uncached = token_ids
+        self._engine, self._processor = engine, processor
+        self._sequence, self._nodes = _room(engine.runner, token_ids, max_tokens)
+        self._max_tokens = max_tokens
+        self._unpublished = token_ids
+        """The text at the beginning, until it is cached as a whole."""
+        self._uncached = token_ids[self._sequence.length :]
         """Committed tokens without KV; the last one is the root, unless it is cached already."""
         self._cached = np.zeros(TREE_CAPACITY, np.bool_)
         self._ranks = np.zeros(TREE_CAPACITY, np.int64)
@@ -156,18 +183,6 @@ class ModelDraftSession:
         """Rows that expanding the root takes; 0 when it is expanded."""
         return len(self._uncached)
 
-    def grow(self, width: int) -> int:
-        """See ``LocalDraftSession.grow``."""
-        frontier = self.tree.frontier(width)
-        if len(frontier) and frontier[0] == ROOT:
-            frontier = frontier[:1]
-        rows = self.root_rows or len(frontier)
-        if len(frontier):
-            self._engine.grow([(self, frontier)])
-        while self.tree.frontier(1).tolist() == [ROOT]:
-            self._engine.grow([(self, frontier)])
-        return rows
-
     def commit(self, tokens: IntArray) -> Reroot:
         tree = self.tree
         live = tree.slots
@@ -175,8 +190,9 @@ class ModelDraftSession:
         root_cached = not len(self._uncached)
         reroot = tree.reroot(tokens)
         self._learn(live, parents, reroot)
-        cached = reroot.path_slots[self._cached[reroot.path_slots]] if root_cached else tokens[:0]
-        self._sequence.commit_nodes(cached)
+        room = self._max_tokens - self._sequence.length
+        cached = reroot.path_slots[self._cached[reroot.path_slots]][:room] if root_cached else tokens[:0]
+        self._sequence.keep(self._nodes.slots[cached])
         self._uncached = np.concatenate((self._uncached, tokens[len(cached) :]))
         if not len(self._uncached) and not len(tree):
             # All children of the new root were pushed out; it has to be expanded again.
@@ -188,6 +204,7 @@ class ModelDraftSession:
 
     def close(self) -> None:
         self._sequence.close()
+        self._nodes.close()
 
     def rows(self, slots: IntArray, room: int) -> Rows:
         """What expanding these slots computes; of a long text, as much as there is room for."""
@@ -195,7 +212,7 @@ class ModelDraftSession:
             return self._node_rows(slots)
         count = min(room, len(self._uncached))
         wanted = count - 1 if count == len(self._uncached) else count
-        return prefill_rows(self._sequence, self._uncached[:count], first_logit_row=wanted)
+        return text_rows(self._sequence, self._uncached[:count], first_logit_row=wanted)
 
     def computed(self, rows: Rows, slots: IntArray) -> bool:
         """Notes what has KV now; whether the slots' own rows were among it."""
@@ -204,7 +221,12 @@ class ModelDraftSession:
             return True
         self._sequence.length += len(rows.tokens)
         self._uncached = self._uncached[len(rows.tokens) :]
-        return not len(self._uncached)
+        if len(self._uncached):
+            return False
+        if len(self._unpublished):
+            self._sequence.publish(self._unpublished)
+            self._unpublished = self._uncached
+        return True
 
     def child_positions(self, slots: IntArray) -> IntArray:
         """Where in the text the children of these slots stand."""
@@ -243,12 +265,12 @@ class ModelDraftSession:
         self._raw_scores[added[placed]] = scores[wanted][placed]
 
     def fits(self, slots: IntArray) -> bool:
-        """Whether the draft model's own context, which may be shorter, has room below these slots.
+        """Whether the session's room, which the draft model's own context bounds, lasts below these slots.
 
         Where it has not, they get no children.
         """
         deepest = 0 if slots[0] == ROOT else int(self.tree.depths[slots].max())
-        if self._sequence.length + len(self._uncached) + deepest <= self._engine.runner.max_model_len:
+        if self._sequence.length + len(self._uncached) + deepest <= self._max_tokens:
             return True
         self.tree.mark_expanded(slots)
         return False
@@ -264,12 +286,11 @@ class ModelDraftSession:
         return Rows(
             tokens=tree.tokens[frontier],
             positions=root + tree.depths[frontier],
-            slots=sequence.node_base + frontier,
+            slots=self._nodes.slots[frontier],
             committed=sequence.length,
             paths=paths,
             node_positions=root + tree.depths[nodes],
-            node_slots=sequence.node_base + nodes,
-            base=sequence.base,
+            node_slots=self._nodes.slots[nodes],
             table=sequence.table,
             first_logit_row=0,
         )
@@ -288,3 +309,18 @@ class ModelDraftSession:
         offered = np.isin(parents, judged)
         slots = live[offered]
         self._engine.calibration.observe(self._ranks[slots], self._raw_scores[slots], np.isin(slots, path))
+
+
+def _room(runner: ModelRunner, token_ids: IntArray, max_tokens: int) -> tuple[KVSequence, NodeArena]:
+    """Room for a text, beginning with what is cached of it, and for a tree's nodes."""
+    nodes = NodeArena(runner.cache, TREE_CAPACITY)
+    sequence = KVSequence(runner.cache)
+    sequence.adopt(token_ids[:-1])
+    if not sequence.reserve(max_tokens):
+        sequence.close()
+        nodes.close()
+        raise OutOfBlocksError(
+            f"{max_tokens} tokens do not fit the KV cache: "
+            f"{runner.cache.blocks.num_free} blocks of {BLOCK} are free"
+        )
+    return sequence, nodes

@@ -4,7 +4,8 @@ A session owns the request's living tree. The engine asks it to grow, takes the 
 and tells it what was committed.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -31,19 +32,27 @@ class DraftSession(Protocol):
         ...
 
 
-class LocalDraftSession(DraftSession, Protocol):
-    """One that drafts in this process, when it is told to."""
-
-    def grow(self, width: int) -> int:
-        """One draft step: expands up to ``width`` frontier nodes; returns the rows it computed."""
-        ...
-
-
 class DraftEngine(Protocol):
     """Opens sessions for requests."""
 
     def open(self, request: Request, stats: SpeculationStatistics) -> DraftSession:
-        """stats: of the request; what only the session sees is counted there."""
+        """stats: of the request; what only the session sees is counted there.
+
+        Raises:
+            OutOfBlocksError: the draft model's KV cache has no room for it.
+        """
+        ...
+
+
+@runtime_checkable
+class LocalDraftEngine(DraftEngine, Protocol):
+    """One that drafts in this process, when it is told to."""
+
+    def grow(self, sessions: Sequence[Any], width: int) -> list[int]:
+        """One draft step of all these: up to ``width`` frontier nodes of each are expanded.
+
+        Returns the rows that it computed for each.
+        """
         ...
 
 
@@ -63,6 +72,12 @@ class NgramEngine:
     def open(self, request: Request, stats: SpeculationStatistics) -> "NgramSession":  # noqa: ARG002
         return NgramSession(NgramDrafter(**self._settings), request.prompt_ids)
 
+    def grow(self, sessions: "Sequence[NgramSession]", width: int) -> list[int]:  # noqa: ARG002
+        """A lookup costs the same at any width, and no rows."""
+        for session in sessions:
+            session.grow()
+        return [0] * len(sessions)
+
 
 class NgramSession:
     """Drafts at once all that the text so far suggests."""
@@ -74,7 +89,8 @@ class NgramSession:
         self._text = prompt_ids
         self.tree = LivingTree(drafter.law)
 
-    def grow(self, width: int) -> int:  # noqa: ARG002, a lookup costs the same at any width
+    def grow(self) -> None:
+        """Drafts all that there is to draft."""
         drafted = self._drafter.propose(self._text, self.tree.capacity)
         slots = np.zeros(len(drafted), np.int64)
         conditional = drafted.scores.copy()
@@ -86,7 +102,6 @@ class NgramSession:
             parents = np.where(above < 0, ROOT, slots[above])
             slots[level] = self.tree.add(parents, drafted.tokens[level], conditional[level])
         self.tree.mark_expanded(np.append(slots, ROOT))
-        return 0
 
     def commit(self, tokens: IntArray) -> Reroot:
         self._text = np.concatenate((self._text, tokens))

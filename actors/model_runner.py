@@ -1,13 +1,13 @@
-"""Runs one network over sequences: prefill, tree forwards, commits. It decides nothing."""
+"""Runs one network over sequences: text, trees, commits. It decides nothing."""
 
 from collections.abc import Sequence
 
 import torch
 
 from outrider.actors.runner import TreeQuery
-from outrider.models.batch import Rows, make_batch, prefill_rows, tree_rows
+from outrider.models.batch import Rows, make_batch, text_rows, tree_rows
 from outrider.models.decoder import Decoder
-from outrider.models.kv_cache import KVSequence, blocks_for
+from outrider.models.kv_cache import KVSequence
 from outrider.models.numerics import MAX_ROWS
 from outrider.speculation.types import IntArray
 
@@ -15,47 +15,64 @@ from outrider.speculation.types import IntArray
 class ModelRunner:
     """One decoder and its KV cache.
 
-    max_nodes: draft nodes whose KV a sequence can hold.
-    num_sequences: sequences of full length that fit the cache.
+    num_blocks: of the cache, all that sequences ever hold together.
+    prefix_caching: whether texts begin with what earlier ones left in it.
     """
 
-    def __init__(self, decoder: Decoder, *, max_nodes: int, num_sequences: int = 1) -> None:
-        self.decoder, self.max_nodes = decoder, max_nodes
-        # The last verification may accept beyond the end of the text before it is cut.
-        positions = decoder.max_model_len + max_nodes + 1
-        per_sequence = blocks_for(positions) + blocks_for(max_nodes)
-        self.cache = decoder.make_cache(num_sequences * per_sequence)
+    def __init__(self, decoder: Decoder, *, num_blocks: int, prefix_caching: bool = True) -> None:
+        self.decoder = decoder
+        self.cache = decoder.make_cache(num_blocks, prefix_caching=prefix_caching)
 
     @property
     def max_model_len(self) -> int:
         """Tokens of the longest sequence."""
         return self.decoder.max_model_len
 
-    def open(self, max_tokens: int) -> KVSequence:
-        """A sequence with room for ``max_tokens`` positions."""
-        return KVSequence(self.cache, max_tokens=max_tokens, max_nodes=self.max_nodes)
+    def open(self, text: IntArray, like: tuple[KVSequence, int] | None = None) -> KVSequence | None:
+        """A sequence with room for ``text`` (int64 ``[n]``); None when there is none.
 
-    def prefill(self, sequence: KVSequence, tokens: IntArray) -> None:
-        """Caches committed ``tokens`` (int64 ``[count]``) behind what is cached already."""
-        for start in range(0, len(tokens), MAX_ROWS):
-            chunk = tokens[start : start + MAX_ROWS]
-            self.forward([prefill_rows(sequence, chunk, first_logit_row=len(chunk))])
-            sequence.length += len(chunk)
+        It begins with what is cached of ``text[:-1]``: in published blocks, or, if that is more,
+        in another sequence whose text has the same first tokens.
+
+        like: that sequence, and how many.
+        """
+        reusable = len(text) - 1
+        sequence = KVSequence(self.cache)
+        sequence.adopt(text[:reusable])
+        if like is not None and (shared := min(like[1], like[0].length, reusable)) > sequence.length:
+            sequence.close()
+            child = like[0].fork(shared)
+            if child is None:
+                return None
+            sequence = child
+        if sequence.reserve(len(text)):
+            return sequence
+        sequence.close()
+        return None
 
     def verify(self, queries: Sequence[TreeQuery[KVSequence]]) -> list[torch.Tensor]:
-        """One forward for queries of different sequences.
+        """One forward for queries of different sequences that have room for their rows.
 
-        Returns, per query, logits ``[1 + nodes, vocab]`` after the root and after each node.
-        The roots become part of the cached texts; the nodes stay speculative until ``accept``.
+        Returns, per query, logits ``[1 + nodes, vocab]`` after the last token and after each node;
+        none where there is no tree. The tokens become part of the cached texts; the nodes stay
+        speculative until ``accept``.
         """
-        logits = self.forward([_rows(query) for query in queries])
+        parts = [_rows(query) for query in queries]
+        logits = self.forward(parts)
         for query in queries:
-            query.sequence.length += 1
-        return list(torch.split(logits, [1 + len(query.tree) for query in queries]))
+            query.sequence.length += len(query.tokens)
+        return list(torch.split(logits, [len(part.tokens) - part.first_logit_row for part in parts]))
 
     def accept(self, sequence: KVSequence, nodes: IntArray) -> None:
-        """Makes the accepted path's KV (node indices from the root downwards) part of the text."""
-        sequence.commit_nodes(nodes)
+        """Makes the accepted path's KV (node indices from the root downwards) part of the text.
+
+        The nodes are those of the last ``verify``; the rest are dropped.
+        """
+        if len(nodes):
+            start = sequence.length
+            slots = sequence.slots(start, start + int(nodes.max()) + 1)
+            sequence.keep(slots[nodes])
+        sequence.shrink()
 
     def forward(self, parts: Sequence[Rows]) -> torch.Tensor:
         """Logits ``[wanted, vocab]`` of the rows that want them, in the order of the parts.
@@ -64,10 +81,13 @@ class ModelRunner:
         """
         rows = sum(len(part.tokens) for part in parts)
         assert 0 < rows <= MAX_ROWS, f"a forward of {rows} rows"
-        batch = make_batch(parts, self.decoder.classes, self.decoder.attention_dtype)
-        return self.decoder.forward(batch, self.cache)
+        decoder = self.decoder
+        batch = make_batch(parts, decoder.classes, decoder.attention_dtype, decoder.window)
+        return decoder.forward(batch, self.cache)
 
 
 def _rows(query: TreeQuery[KVSequence]) -> Rows:
     tree = query.tree
-    return tree_rows(query.sequence, query.root, tree.tokens, tree.depths, tree.ancestor_mask)
+    if tree is None:
+        return text_rows(query.sequence, query.tokens, first_logit_row=len(query.tokens))
+    return tree_rows(query.sequence, query.tokens, tree.tokens, tree.depths, tree.ancestor_mask)

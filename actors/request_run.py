@@ -1,14 +1,14 @@
 """One request in flight at the target: what it wants verified, and what a verdict means for it."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, cast
+import logging
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
-from outrider.actors.drafting import DraftSession, LocalDraftSession
+from outrider.actors.drafting import DraftSession
 from outrider.actors.runner import TreeQuery
-from outrider.speculation.errors import ModelError
+from outrider.speculation.errors import ModelError, OutOfBlocksError
 from outrider.speculation.pipelines.actions import Grow, Verify, Wait
 from outrider.speculation.request import Request, StepOutput
 from outrider.speculation.sampling import NO_TOKEN, LogitProcessor, TokenChooser, row_positions
@@ -20,6 +20,8 @@ from outrider.speculation.types import FloatArray, IntArray, Verdict
 if TYPE_CHECKING:
     from outrider.actors.target_engine import TargetEngine
 
+log = logging.getLogger(__name__)
+
 
 class Pipeline(Protocol):
     """One request's decisions; see ``speculation/pipelines``."""
@@ -29,7 +31,7 @@ class Pipeline(Protocol):
         ...
 
     def observe_growth(self, rows: int, seconds: float) -> None:
-        """What a ``Grow`` took."""
+        """What a ``Grow`` computed for the request, and its share of the time."""
         ...
 
     def observe_verdict(self, verdict: Verdict, parents_with_children: int, expected: float) -> None:
@@ -38,14 +40,18 @@ class Pipeline(Protocol):
 
 
 class RequestRun:
-    """Its text, its KV and its drafting. ``close`` frees them, whether it has finished or not."""
+    """Its text, its KV and its drafting. ``close`` frees them, whether it has finished or not.
+
+    It has KV from ``enter`` to ``leave`` and may enter again. ``start`` gives one that has not
+    entered; ``step`` lets it in by itself.
+    """
 
     def __init__(self, engine: "TargetEngine", request: Request) -> None:
-        self._engine, target = engine, engine.target
+        self._engine, self._request, target = engine, request, engine.target
         params = request.params
-        self._max_model_len = target.runner.max_model_len
+        max_model_len = target.runner.max_model_len
         self._stop = StopChecker(
-            params, target.eos_ids, len(request.prompt_ids), self._max_model_len, target.detokenizer(request)
+            params, target.eos_ids, len(request.prompt_ids), max_model_len, target.detokenizer(request)
         )
         self._processor = LogitProcessor(
             params, request.prompt_ids, target.vocab_size, ending_ids(params, target.eos_ids)
@@ -57,37 +63,79 @@ class RequestRun:
         self.error: ModelError | None = None
         """Why the request ended without a finish reason."""
         self._length = len(request.prompt_ids)
-        self._root = int(request.prompt_ids[-1])
-        self._limit = min(self._length + params.max_tokens, self._max_model_len)
-        self._sequence = target.runner.open(self._limit + engine.shape.num_speculative_tokens + 1)
+        self._limit = min(self._length + params.max_tokens, max_model_len)
+        self._tokens = np.empty(self._limit, np.int64)
+        self._tokens[: self._length] = request.prompt_ids
+        self._sequence: Any = None
         self._draft: DraftSession | None = None
-        try:
-            if engine.drafting is not None and request.speculative:
-                self._draft = engine.drafting.open(request, self.stats)
-            began = engine.clock()
-            target.runner.prefill(self._sequence, request.prompt_ids[:-1])
-            self.stats.prefill_seconds = engine.clock() - began
-        except BaseException:
-            self.close()
-            raise
+        self._drafts = engine.drafting is not None and request.speculative
+
+    @property
+    def committed(self) -> IntArray:
+        """The text so far, int64 ``[length]``."""
+        return self._tokens[: self._length]
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens of it that have KV."""
+        return 0 if self._sequence is None else int(self._sequence.length)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens of it that have none, at least the last one."""
+        return self._length - self.num_cached
+
+    def enter(self, like: "tuple[RequestRun, int] | None" = None) -> bool:
+        """Takes memory for the text, beginning with so many tokens of another's; False: there is none.
+
+        Raises:
+            OutriderError: its drafter cannot serve it.
+        """
+        shared = None if like is None else (like[0]._sequence, like[1])
+        sequence = self._engine.target.runner.open(self.committed, shared)
+        if sequence is None:
+            return False
+        self._sequence = sequence
+        self.stats.cached_tokens += sequence.length
+        if self._drafts:
+            self._open_draft()
+        return True
+
+    def leave(self) -> None:
+        """Gives the KV back; the text stays, and with it all that is needed to go on."""
+        self._sequence.close()
+        self._sequence = None
+        self.stats.preemptions += 1
+
+    def make_room(self) -> bool:
+        """Takes memory for the tokens that the next step caches; False: there is none."""
+        return bool(self._sequence.reserve(self._length))
 
     def step(self) -> StepOutput:
-        """A step of this request alone; see ``TargetEngine.step``.
+        """A step of this request alone that brings it tokens; see ``TargetEngine.step``.
 
         Raises:
             ModelError: the target gave no token.
+            OutOfBlocksError: the KV cache has no room for the text.
         """
-        (output,) = self._engine.step([self])
-        if self.error is not None:
-            raise self.error
-        return output
+        while True:
+            if not (self.enter() if self._sequence is None else self.make_room()):
+                raise OutOfBlocksError(f"a text of {self._length} tokens does not fit the KV cache")
+            (output,) = self._engine.step([self])
+            if self.error is not None:
+                raise self.error
+            if output is not None:
+                return output
 
     def close(self) -> None:
         """Frees what the request holds."""
         self.finished = True
-        self._sequence.close()
+        if self._sequence is not None:
+            self._sequence.close()
+            self._sequence = None
         if self._draft is not None:
             self._draft.close()
+            self._draft = None
 
     def __enter__(self) -> "RequestRun":
         return self
@@ -100,21 +148,26 @@ class RequestRun:
         """The output so far."""
         return self._stop.text
 
-    def decide(self, clock: Callable[[], float]) -> Wait | Verify:
-        """What its pipeline wants next; a drafter in this process grows meanwhile."""
-        draft = self._draft
+    @property
+    def draft(self) -> DraftSession:
+        """Its drafting, which whoever asked for ``Grow`` has."""
+        assert self._draft is not None
+        return self._draft
+
+    def decide(self, now: float) -> Grow | Wait | Verify:
+        """What its pipeline wants next."""
         # The last token is the target's own whatever is drafted.
-        if draft is None or self._length + 1 >= self._limit:
+        if self._draft is None or self._length + 1 >= self._limit:
             return Verify(0)
-        while isinstance(action := self._pipeline.decide(draft, clock()), Grow):
-            began = clock()
-            rows = cast(LocalDraftSession, draft).grow(action.width)
-            seconds = clock() - began
-            self._pipeline.observe_growth(rows, seconds)
-            self.stats.draft_steps += 1
-            self.stats.draft_rows += rows
-            self.stats.draft_seconds += seconds
-        return action
+        return self._pipeline.decide(self._draft, now)
+
+    def observe_growth(self, rows: int, seconds: float) -> bool:
+        """Counts a draft step; whether there can be something to verify, or more to grow."""
+        self._pipeline.observe_growth(rows, seconds)
+        self.stats.draft_steps += 1
+        self.stats.draft_rows += rows
+        self.stats.draft_seconds += seconds
+        return not np.array_equal(self.draft.tree.frontier(1), [ROOT])
 
     def best_scores(self, budget: int) -> FloatArray:
         """Path scores of the ``budget`` best nodes, best first."""
@@ -124,21 +177,29 @@ class RequestRun:
         return -np.sort(-tree.path_scores[tree.slots])[:budget]
 
     def select(self, budget: int) -> DraftTree:
-        """The ``budget`` best nodes."""
+        """The ``budget`` best nodes, or as many as there is memory for."""
         if not budget or self._draft is None:
             return DraftTree.empty()
+        if not self._sequence.reserve(self._length + budget):
+            budget = min(budget, self._sequence.room - self._length)
         tree, _ = self._draft.tree.select(budget)
         return tree
 
-    def query(self, tree: DraftTree) -> TreeQuery:  # type: ignore[type-arg]
-        """What the request contributes to a forward."""
-        return TreeQuery(sequence=self._sequence, root=self._root, tree=tree)
+    def query(self, count: int, tree: DraftTree | None) -> TreeQuery[Any]:
+        """What the request contributes to a forward: so many pending tokens, then a tree."""
+        cached = self.num_cached
+        return TreeQuery(sequence=self._sequence, tokens=self._tokens[cached : cached + count], tree=tree)
 
     def judge(self, tree: DraftTree, logits: torch.Tensor) -> Verdict:
         """Chooses the target's own tokens at every row, and follows them down the tree."""
         processed = self._processor.process(logits, tree)
         tokens = self._chooser.choose(processed, row_positions(self._length, tree))
         return self._engine.verifier.verify(tree, tokens)
+
+    def observe_prefill(self, seconds: float) -> None:
+        """Counts a step that only cached some of the text."""
+        self.stats.prefill_seconds += seconds
+        self._sequence.publish(self.committed)
 
     def observe(self, tree: DraftTree, verdict: Verdict, seconds: float) -> None:
         """Counts a step, of which this request's share took so long."""
@@ -164,8 +225,9 @@ class RequestRun:
         outcome = self._stop.push(tokens.tolist())
         kept = tokens[: outcome.num_kept]
         self.finished = outcome.finish_reason is not None
+        self._tokens[self._length : self._length + len(kept)] = kept
         self._length += len(kept)
-        self._root = int(kept[-1])
+        self._sequence.publish(self.committed)
         self.stats.num_output_tokens += len(kept)
         if not self.finished:
             self._processor.commit(kept)
@@ -177,6 +239,15 @@ class RequestRun:
             finish_reason=outcome.finish_reason,
             stop_reason=outcome.stop_reason,
         )
+
+    def _open_draft(self) -> None:
+        """Opens its drafting, once; without room at the drafter the request is decoded plainly."""
+        self._drafts = False
+        assert self._engine.drafting is not None
+        try:
+            self._draft = self._engine.drafting.open(self._request, self.stats)
+        except OutOfBlocksError as error:
+            log.info("request %s: not drafted for: %s", self._request.request_id, error)
 
     def _fail(self, position: int) -> StepOutput:
         message = f"the model gave NaN or infinite logits for the token at position {position}"

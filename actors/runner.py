@@ -11,7 +11,23 @@ from outrider.speculation.types import IntArray
 
 
 class Sequence(Protocol):
-    """What a runner keeps for one request."""
+    """What a runner keeps for one request.
+
+    length: committed tokens that are cached. room: positions that it has memory for.
+    """
+
+    length: int
+
+    @property
+    def room(self) -> int: ...
+
+    def reserve(self, positions: int) -> bool:
+        """Makes room for so many positions, of nodes as of text; False leaves things as they were."""
+        ...
+
+    def publish(self, tokens: IntArray) -> None:
+        """Lets later requests begin with what is cached of the committed text ``tokens``."""
+        ...
 
     def close(self) -> None:
         """Frees it."""
@@ -23,14 +39,20 @@ AnySequence = TypeVar("AnySequence", bound=Sequence)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeQuery(Generic[AnySequence]):
-    """What one sequence asks of a forward: logits after its last committed token and after each node.
+    """What one sequence asks of a forward.
 
-    root: the last committed token, the only one that is not cached yet.
+    tokens: int64 ``[k]``, the next committed tokens, which are not cached yet.
+    tree: the nodes below the last of them; None asks for no logits, only to cache the tokens.
     """
 
     sequence: AnySequence
-    root: int
-    tree: DraftTree
+    tokens: IntArray
+    tree: DraftTree | None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it takes of the forward."""
+        return len(self.tokens) + (0 if self.tree is None else len(self.tree))
 
 
 class TargetRunner(Protocol[AnySequence]):
@@ -39,9 +61,7 @@ class TargetRunner(Protocol[AnySequence]):
     @property
     def max_model_len(self) -> int: ...
 
-    def open(self, max_tokens: int) -> AnySequence: ...
-
-    def prefill(self, sequence: AnySequence, tokens: IntArray) -> None: ...
+    def open(self, text: IntArray, like: tuple[AnySequence, int] | None = None) -> AnySequence | None: ...
 
     def verify(self, queries: abc.Sequence[TreeQuery[AnySequence]]) -> list[torch.Tensor]: ...
 

@@ -7,11 +7,12 @@ from typing import Any, Generic, Protocol
 
 import torch
 
-from outrider.actors.drafting import DraftEngine
+from outrider.actors.drafting import DraftEngine, LocalDraftEngine
 from outrider.actors.request_run import Pipeline, RequestRun
 from outrider.actors.runner import AnySequence, TargetRunner
+from outrider.actors.scheduler import share_rows
 from outrider.models.numerics import MAX_ROWS
-from outrider.speculation.pipelines.actions import Verify
+from outrider.speculation.pipelines.actions import Grow, Verify
 from outrider.speculation.pipelines.costs import CostEstimates
 from outrider.speculation.pipelines.registry import PIPELINES
 from outrider.speculation.pipelines.serial import SerialPipeline
@@ -40,6 +41,22 @@ class TargetModel(Generic[AnySequence]):
     detokenizer: Callable[[Request], TextSource]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What one request does in a step.
+
+    It caches ``count`` tokens; where that is all of them it verifies a tree, else tree is None.
+    """
+
+    run: RequestRun
+    count: int
+    tree: DraftTree | None
+
+    @property
+    def num_rows(self) -> int:
+        return self.count + (0 if self.tree is None else len(self.tree))
+
+
 class RemoteDrafting(Protocol):
     """Drafters in other processes; see ``DraftPool``."""
 
@@ -54,6 +71,7 @@ class TargetEngine:
     drafting: opens a draft session per request. remote: takes in what drafters in other
     processes have sent; the same object as ``drafting`` where these are used.
     make_pipeline: one for each request that names none; ``serial`` in one process by default.
+    costs: what steps take, as far as it is known beforehand. max_rows: of one forward.
     """
 
     def __init__(
@@ -65,10 +83,13 @@ class TargetEngine:
         shape: TreeShape,
         remote: RemoteDrafting | None = None,
         make_pipeline: MakePipeline = SerialPipeline,
+        costs: CostEstimates | None = None,
+        max_rows: int = MAX_ROWS,
         clock: Clock = time.perf_counter,
     ) -> None:
         self.target, self.verifier, self.drafting, self.shape = target, verifier, drafting, shape
-        self.clock, self.costs = clock, CostEstimates()
+        self.clock, self.max_rows = clock, max_rows
+        self.costs = costs or CostEstimates(max_rows=max_rows)
         self.steps, self.reconcile_seconds = 0, 0.0
         """Target steps, and the time that taking in remote growth took between them."""
         self._remote, self._make_pipeline = remote, make_pipeline
@@ -81,46 +102,85 @@ class TargetEngine:
         return pipeline
 
     def start(self, request: Request) -> RequestRun:
-        """Admits a request and caches its prompt.
+        """A request that has yet to enter.
 
         Raises:
             InvalidRequestError: the prompt or a token id does not fit the model.
         """
         return RequestRun(self, request)
 
-    def step(self, runs: Sequence[RequestRun]) -> list[StepOutput]:
-        """One target step of all these requests, at most ``MAX_ROWS``.
+    def step(self, runs: Sequence[RequestRun]) -> list[StepOutput | None]:
+        """One target step of all these requests, at most ``max_rows``, all of which have room.
 
-        Each commits at least one token, or has its ``error`` set and is finished.
+        Each commits at least one token, or has its ``error`` set and is finished; None where only
+        a piece of its text was cached.
         """
-        trees = self._schedule(runs)
-        verdicts = self._run(runs, trees)
-        return [run.commit(tree, verdict) for run, tree, verdict in zip(runs, trees, verdicts, strict=True)]
+        parts = self._schedule(runs)
+        verdicts = self._run(parts)
+        return [
+            None if part.tree is None or verdict is None else part.run.commit(part.tree, verdict)
+            for part, verdict in zip(parts, verdicts, strict=True)
+        ]
 
-    def _schedule(self, runs: Sequence[RequestRun]) -> list[DraftTree]:
-        """Waits for drafters where that pays; the subtree of each request to verify."""
+    def _schedule(self, runs: Sequence[RequestRun]) -> list[Part]:
+        """Waits for drafters where that pays; each request's rows."""
+        counts = share_rows([run.num_pending for run in runs], self.max_rows)
+        asking = [run for run, count in zip(runs, counts, strict=True) if count == run.num_pending]
+        trees = dict(zip(asking, self._trees(asking, sum(counts)), strict=True))
+        return [
+            Part(run=run, count=count, tree=trees.get(run)) for run, count in zip(runs, counts, strict=True)
+        ]
+
+    def _trees(self, runs: Sequence[RequestRun], text_rows: int) -> list[DraftTree]:
+        """What to verify for requests whose last tokens are cached in this step, beside the text."""
+        if not runs:
+            return []
         budgets = self._decide(runs)
-        if len(runs) > 1:
+        if len(runs) == 1:
+            budgets = [min(budgets[0], self.max_rows - text_rows)]
+        else:
             scores = [run.best_scores(budget) for run, budget in zip(runs, budgets, strict=True)]
-            budgets = share_budget(scores, self.costs.curve(MAX_ROWS))
+            budgets = share_budget(scores, self.costs.curve(self.max_rows), text_rows - len(runs))
         return [run.select(budget) for run, budget in zip(runs, budgets, strict=True)]
 
     def _decide(self, runs: Sequence[RequestRun]) -> list[int]:
         """Most nodes that each request wants verified."""
-        budgets: dict[int, int] = {}
+        self.costs.company = len(runs)
+        budgets: dict[RequestRun, int] = {}
         while True:
             self._take_growth()
-            deadlines = []
-            for index, run in enumerate(runs):
-                if index not in budgets:
-                    action = run.decide(self.clock)
-                    if isinstance(action, Verify):
-                        budgets[index] = action.budget
-                    else:
-                        deadlines.append(action.until)
-            if not deadlines:
-                return [budgets[index] for index in range(len(runs))]
-            self._hold_back([run for index, run in enumerate(runs) if index not in budgets], min(deadlines))
+            growing, deadlines = dict[int, list[RequestRun]](), []
+            for run in runs:
+                if run in budgets:
+                    continue
+                action = run.decide(self.clock())
+                if isinstance(action, Verify):
+                    budgets[run] = action.budget
+                elif isinstance(action, Grow):
+                    growing.setdefault(action.width, []).append(run)
+                else:
+                    deadlines.append(action.until)
+            for width, together in growing.items():
+                # A text that is taken in piece by piece holds up nobody.
+                budgets.update(dict.fromkeys(self._grow(together, width), 0))
+            if not growing and not deadlines:
+                return [budgets[run] for run in runs]
+            if not growing:
+                self._hold_back([run for run in runs if run not in budgets], min(deadlines))
+
+    def _grow(self, runs: Sequence[RequestRun], width: int) -> list[RequestRun]:
+        """One draft step of all these in this process; returns whose texts it could not take in yet."""
+        assert isinstance(self.drafting, LocalDraftEngine), "only drafters in this process are told to grow"
+        began = self.clock()
+        rows = self.drafting.grow([run.draft for run in runs], width)
+        seconds, total = self.clock() - began, max(1, sum(rows))
+        self.costs.observe_local_draft_step(total, seconds)
+        shares = [seconds * count / total if sum(rows) else seconds / len(runs) for count in rows]
+        return [
+            run
+            for run, count, share in zip(runs, rows, shares, strict=True)
+            if not run.observe_growth(count, share)
+        ]
 
     def _take_growth(self) -> None:
         if self._remote is not None:
@@ -137,15 +197,23 @@ class TargetEngine:
             run.stats.wait_seconds += self.clock() - began
 
     @torch.inference_mode()
-    def _run(self, runs: Sequence[RequestRun], trees: Sequence[DraftTree]) -> list[Verdict]:
+    def _run(self, parts: Sequence[Part]) -> list[Verdict | None]:
         """One forward of the target, and what it says of the trees."""
         began = self.clock()
-        logits = self.target.runner.verify([run.query(tree) for run, tree in zip(runs, trees, strict=True)])
-        verdicts = [run.judge(tree, each) for run, tree, each in zip(runs, trees, logits, strict=True)]
+        logits = self.target.runner.verify([part.run.query(part.count, part.tree) for part in parts])
+        verdicts = [
+            None if part.tree is None else part.run.judge(part.tree, each)
+            for part, each in zip(parts, logits, strict=True)
+        ]
         ended = self.clock()
         self.steps += 1
         self._busy = (began, ended)
-        self.costs.observe_target_step(len(runs) + sum(map(len, trees)), ended - began)
-        for run, tree, verdict in zip(runs, trees, verdicts, strict=True):
-            run.observe(tree, verdict, (ended - began) / len(runs))
+        rows = sum(part.num_rows for part in parts)
+        self.costs.observe_target_step(rows, ended - began)
+        for part, verdict in zip(parts, verdicts, strict=True):
+            share = (ended - began) * part.num_rows / rows
+            if part.tree is None or verdict is None:
+                part.run.observe_prefill(share)
+            else:
+                part.run.observe(part.tree, verdict, share)
         return verdicts

@@ -16,8 +16,10 @@ from common import conditions, finish
 
 from outrider import LLM, SamplingParams
 from outrider.actors.model_runner import ModelRunner
-from outrider.models.batch import prefill_rows
+from outrider.models.batch import text_rows
+from outrider.models.block_pool import blocks_for
 from outrider.models.demo import corpus, pair
+from outrider.models.kv_cache import KVSequence
 from outrider.models.loader import LoadedModel, load_model
 from outrider.models.numerics import MAX_ROWS, Numerics
 from outrider.speculation.sampling import LogitProcessor, TokenChooser, perturb
@@ -30,11 +32,12 @@ TEMPERATURES = (0.0, 0.7, 1.0)
 
 def logits_of(model: LoadedModel, ids: np.ndarray) -> torch.Tensor:
     """Logits ``[len(ids), vocab]`` of a window."""
-    runner = ModelRunner(model.decoder, max_nodes=1)
-    sequence = runner.open(len(ids))
+    runner = ModelRunner(model.decoder, num_blocks=blocks_for(len(ids)))
+    sequence = KVSequence(runner.cache)
+    sequence.reserve(len(ids))
     parts = []
     for start in range(0, len(ids), MAX_ROWS):
-        rows = prefill_rows(sequence, ids[start : start + MAX_ROWS], first_logit_row=0)
+        rows = text_rows(sequence, ids[start : start + MAX_ROWS], first_logit_row=0)
         parts.append(runner.forward([rows]))
         sequence.length += len(rows.tokens)
     return torch.cat(parts)

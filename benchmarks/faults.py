@@ -28,6 +28,7 @@ from common import conditions, finish
 
 from outrider import LLM, SamplingParams
 from outrider.actors.model_runner import ModelRunner
+from outrider.actors.request_run import RequestRun
 from outrider.cluster.cluster_security import TOKEN_VARIABLE
 from outrider.cluster.launcher import LocalWorkers
 from outrider.models.demo import corpus, pair
@@ -214,13 +215,18 @@ def serve(llm: LLM, request: Request, before_step: Callable[[int], None] | None 
         while not run.finished:
             if before_step is not None:
                 before_step(len(served.stalls))
-            began, forwards = time.perf_counter(), run.stats.target_seconds
+            began, forwards = time.perf_counter(), forward_seconds(run)
             served.token_ids += run.step().token_ids
             elapsed = time.perf_counter() - began
-            served.stalls.append(elapsed - (run.stats.target_seconds - forwards))
+            served.stalls.append(elapsed - (forward_seconds(run) - forwards))
             time.sleep(0.002)  # a draft worker on a busy machine has to get its turn
     served.accepted = run.stats.accepted_by_drafter
     return served
+
+
+def forward_seconds(run: RequestRun) -> float:
+    """What the target's forwards for a request have taken."""
+    return run.stats.prefill_seconds + run.stats.target_seconds
 
 
 def leaked_blocks(llm: LLM) -> int:

@@ -89,7 +89,14 @@ def main() -> None:
 def drafted(target: Path, pipeline: str, args: argparse.Namespace, core: int) -> LLM:
     """A target with one drafter, which gets a core of its own."""
     config = {"model": args.draft, "workers": "local", "pipeline": pipeline}
-    llm = LLM(str(target), speculative_config=config, dtype=args.dtype, max_model_len=CONTEXT, max_num_seqs=1)
+    llm = LLM(
+        str(target),
+        speculative_config=config,
+        dtype=args.dtype,
+        max_model_len=CONTEXT,
+        max_num_seqs=1,
+        enable_prefix_caching=False,
+    )
     assert llm.workers is not None
     assert llm.workers.local is not None
     for pid in llm.workers.local.pids:
@@ -121,7 +128,7 @@ class AllCores:
 
 def _serve(pipe: Connection, target: str, dtype: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    llm = LLM(target, dtype=dtype, max_model_len=CONTEXT, max_num_seqs=1)
+    llm = LLM(target, dtype=dtype, max_model_len=CONTEXT, max_num_seqs=1, enable_prefix_caching=False)
     pipe.send("ready")
     while (asked := pipe.recv()) is not None:
         pipe.send(llm.generate(*asked)[0].outputs[0].token_ids)

@@ -28,7 +28,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     reference = AutoModelForCausalLM.from_pretrained(args.target, dtype=getattr(torch, args.dtype)).eval()
-    engines = {kind: LLM(args.target, dtype=args.dtype, numerics=kind) for kind in ("fast", "canonical")}
+    engines = {
+        kind: LLM(args.target, dtype=args.dtype, numerics=kind, enable_prefix_caching=False)
+        for kind in ("fast", "canonical")
+    }
     params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
 
     def transformers(ids: list[int]) -> list[int]:

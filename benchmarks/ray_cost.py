@@ -55,7 +55,13 @@ def main() -> None:
 
 def without_ray(target: Path) -> LLM:
     config = {"model": str(pair.DRAFT), "workers": "local"}
-    return LLM(str(target), speculative_config=config, max_model_len=CONTEXT, max_num_seqs=1)
+    return LLM(
+        str(target),
+        speculative_config=config,
+        max_model_len=CONTEXT,
+        max_num_seqs=1,
+        enable_prefix_caching=False,
+    )
 
 
 def on_ray(target: Path) -> Cluster:

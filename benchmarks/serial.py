@@ -45,6 +45,7 @@ def main() -> None:
             dtype=args.dtype,
             numerics=args.numerics,
             max_model_len=1024,
+            enable_prefix_caching=False,
         )
     prompts = corpus.held_out_prompts(args.prompts + 2)
     results = {}

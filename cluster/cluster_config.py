@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from outrider.cluster.kv_memory import parse_bytes
 from outrider.cluster.nearest import nearest
 from outrider.cluster.speculative_config import SpeculativeConfig
 from outrider.models.demo import pair
@@ -61,7 +62,8 @@ class Resources(_Section):
 class TargetConfig(Resources):
     """The target: ``replicas`` groups of ``tensor_parallel_size`` processes on one node each.
 
-    model: folder or hub id, looked up on the node that loads it; the embedded one by default.
+    model: folder or hub id, looked up on the node that loads it; the embedded one by default. The
+        rest from ``dtype`` on is what ``LLM`` takes.
     """
 
     model: str = str(pair.TARGET)
@@ -71,6 +73,28 @@ class TargetConfig(Resources):
     numerics: Literal["canonical", "fast"] = "canonical"
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_seqs: int = Field(default=8, ge=1, le=64)
+    max_num_batched_tokens: int = Field(default=64, ge=1, le=64)
+    kv_cache_memory: int | str | None = None
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    enable_prefix_caching: bool = True
+    target_profile: str | None = None
+
+    @property
+    def engine_settings(self) -> dict[str, Any]:
+        """What ``LLM`` is given beside the model, by its names."""
+        names = (
+            "dtype", "numerics", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
+            "kv_cache_memory", "gpu_memory_utilization", "enable_prefix_caching", "target_profile",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    @field_validator("kv_cache_memory")
+    @classmethod
+    def _a_size(cls, value: int | str | None) -> int | None:
+        try:
+            return None if value is None else parse_bytes(value)
+        except InvalidConfigError as error:
+            raise ValueError(str(error).removeprefix("kv_cache_memory ")) from None
 
     @field_validator("tensor_parallel_size")
     @classmethod

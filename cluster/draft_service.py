@@ -3,7 +3,7 @@
 import os
 import time
 
-from outrider.actors.draft_engine import TREE_CAPACITY, ModelDraftEngine
+from outrider.actors.draft_engine import ModelDraftEngine, session_blocks
 from outrider.actors.draft_process import DraftProcess
 from outrider.actors.draft_worker import DraftWorker
 from outrider.actors.model_runner import ModelRunner
@@ -38,7 +38,8 @@ def make_draft_process(
     if max_sessions < 1:
         raise InvalidConfigError(f"max_sessions must be at least 1, not {max_sessions}")
     loaded = load_model(model, dtype=dtype, numerics=Numerics.FAST, max_model_len=max_model_len)
-    runner = ModelRunner(loaded.decoder, max_nodes=TREE_CAPACITY, num_sequences=max_sessions)
+    room = max_sessions * session_blocks(loaded.decoder.max_model_len)
+    runner = ModelRunner(loaded.decoder, num_blocks=room)
     engine = ModelDraftEngine(runner, vocab_size=loaded.vocab_size)
     welcome = Welcome(
         protocol_version=PROTOCOL_VERSION,

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import TracebackType
 from typing import Self, TypeAlias, cast
@@ -86,18 +86,27 @@ class TextGenerator(ABC):
         sampling_params: SamplingParams | None = None,
         *,
         speculative: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """One output per prompt, in order. A prompt is text or a list of token ids.
 
         speculative: False decodes these prompts plainly; the tokens are the same.
+        priority: one number per prompt, the lower the sooner; all alike by default.
 
         Raises:
-            InvalidRequestError: a prompt or parameter cannot be served.
+            InvalidRequestError: a prompt or parameter cannot be served, or there are more or fewer
+                priorities than prompts.
         """
         params = sampling_params or SamplingParams()
         prepared = [self.prepare(prompt, params, speculative=speculative) for prompt in _as_list(prompts)]
-        done = self.complete_all([request for _, requests in prepared for request in requests])
-        return [_output(prompt, requests, islice(done, len(requests))) for prompt, requests in prepared]
+        if priority is not None and len(priority) != len(prepared):
+            raise InvalidRequestError(f"priority must be {len(prepared)} numbers, not {len(priority)}")
+        urgency = [0] * len(prepared) if priority is None else [int(each) for each in priority]
+        order = sorted(range(len(prepared)), key=urgency.__getitem__)
+        requests = [replace(each, priority=urgency[at]) for at in order for each in prepared[at][1]]
+        done = self.complete_all(requests)
+        outputs = {at: _output(*prepared[at], islice(done, len(prepared[at][1]))) for at in order}
+        return [outputs[at] for at in range(len(prepared))]
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, speculative: bool = True

@@ -188,10 +188,7 @@ class TargetHost(Host):
         self._llm = LLM(
             target.model,
             speculative_config=settings.config.speculative_config(settings.addresses),
-            dtype=target.dtype,
-            numerics=target.numerics,
-            max_model_len=target.max_model_len,
-            max_num_seqs=target.max_num_seqs,
+            **target.engine_settings,
         )
         self._batch = RunningBatch(self._llm.engine, self._llm.max_num_seqs)
         self._engine = EngineLoop(self._batch, self._fail)

@@ -6,16 +6,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from outrider.actors.draft_engine import TREE_CAPACITY, LocalModelDrafting, ModelDraftEngine
+from outrider.actors.draft_engine import LocalModelDrafting, ModelDraftEngine, session_blocks
 from outrider.actors.drafting import DraftEngine, NgramEngine
 from outrider.actors.model_runner import ModelRunner
 from outrider.actors.running_batch import RunningBatch, Ticket
+from outrider.actors.step_times import measured_step_times, saved_step_times
 from outrider.actors.target_engine import TargetEngine, TargetModel
 from outrider.cluster.generation import OnStep, Prompt, TextGenerator
+from outrider.cluster.kv_memory import kv_blocks
 from outrider.cluster.remote_drafting import RemoteDrafters
 from outrider.cluster.speculative_config import SpeculativeConfig
 from outrider.models.demo import pair
@@ -23,11 +26,13 @@ from outrider.models.loader import context_length, load_model
 from outrider.models.numerics import MAX_ROWS, Numerics
 from outrider.models.tokenizer import IncrementalDetokenizer, Tokenizer, check_same_vocabulary
 from outrider.speculation.errors import InvalidConfigError, InvalidRequestError, VocabularyMismatchError
+from outrider.speculation.pipelines.costs import CostEstimates
 from outrider.speculation.pipelines.registry import PIPELINES
 from outrider.speculation.pipelines.serial import SerialPipeline
 from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.request import Completion, Request, StepOutput
 from outrider.speculation.sampling_params import SamplingParams
+from outrider.speculation.step_cost import StepCostModel
 from outrider.speculation.tree import MAX_TREE_DEPTH
 from outrider.speculation.types import IntArray
 from outrider.speculation.verifiers.registry import make_verifier
@@ -43,8 +48,14 @@ class LLM(TextGenerator):
     numerics: ``canonical``, the default, gives a row the same bits whatever runs beside
         it; ``fast`` saves some time and may leave plain decoding at a near-tie.
     max_model_len: tokens of the longest sequence.
-    max_num_seqs: requests served at once; 1 where a draft model drafts in this process, which
-        would only make the others wait.
+    max_num_seqs: requests served at once. max_num_batched_tokens: rows of one forward, of texts and
+        trees together; fewer make long prompts hold up the others for less.
+    kv_cache_memory: bytes of the KV cache, or a size such as ``4GiB``; by default what
+        ``max_num_seqs`` full sequences could use. gpu_memory_utilization: then, the share of the
+        device's memory, of the machine's on CPU, that weights and KV may take; half by default.
+    enable_prefix_caching: whether texts begin with what earlier ones left in the KV cache.
+    target_profile: a JSON file with the target's measured step times, which is written if it is not
+        there; None measures them at each start, for up to two seconds.
     seed: seeds the requests that bring none; None draws fresh ones.
 
     Draft workers that it started end with it: at ``close``, at the end of a ``with`` block, or
@@ -65,6 +76,11 @@ class LLM(TextGenerator):
         numerics: str = "canonical",
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
+        max_num_batched_tokens: int = MAX_ROWS,
+        kv_cache_memory: int | str | None = None,
+        gpu_memory_utilization: float | None = None,
+        enable_prefix_caching: bool = True,
+        target_profile: str | None = None,
         seed: int | None = None,
     ) -> None:
         if model is None and speculative_config is None:
@@ -80,24 +96,40 @@ class LLM(TextGenerator):
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
             raise InvalidConfigError(f"seed must be None or a non-negative integer, not {seed!r}")
         self._seeds = np.random.default_rng(seed)
-        if isinstance(max_num_seqs, bool) or not 1 <= max_num_seqs <= MAX_ROWS:
-            raise InvalidConfigError(f"max_num_seqs must be from 1 to {MAX_ROWS}, not {max_num_seqs!r}")
+        _check_sizes(max_num_seqs, max_num_batched_tokens)
+        self.max_num_seqs, self._prefix_caching = max_num_seqs, enable_prefix_caching
         shape = TreeShape() if config is None else config.shape
+        runner = ModelRunner(
+            self.model.decoder,
+            num_blocks=kv_blocks(
+                self.model.decoder,
+                max_num_seqs=max_num_seqs,
+                max_nodes=shape.num_speculative_tokens,
+                kv_cache_memory=kv_cache_memory,
+                gpu_memory_utilization=gpu_memory_utilization,
+            ),
+            prefix_caching=enable_prefix_caching,
+        )
+        costs = CostEstimates(max_rows=max_num_batched_tokens)
+        if config is not None:
+            times = (
+                measured_step_times(runner, max_num_batched_tokens)
+                if target_profile is None
+                else saved_step_times(Path(target_profile), runner, max_num_batched_tokens)
+            )
+            costs = CostEstimates(StepCostModel(times), max_rows=max_num_batched_tokens)
         self.workers: RemoteDrafters | None = None
         """Draft workers in other processes; None without any."""
         local: DraftEngine | None = None
         if config is not None and config.workers is not None:
             self.workers = RemoteDrafters(config, self.model, dtype=dtype, numerics=str(kind))
         elif config is not None:
-            local, max_num_seqs = self._make_drafting(config, dtype), 1
-        self.max_num_seqs = max_num_seqs
+            local = self._make_drafting(config, dtype)
         pool = None if self.workers is None else self.workers.pool
         self._finalizer = weakref.finalize(self, _close, self.workers)
         self.engine = TargetEngine(
             TargetModel(
-                runner=ModelRunner(
-                    self.model.decoder, max_nodes=shape.num_speculative_tokens, num_sequences=max_num_seqs
-                ),
+                runner=runner,
                 vocab_size=self.model.vocab_size,
                 eos_ids=self.model.eos_ids,
                 detokenizer=partial(_detokenizer, self.model.tokenizer),
@@ -107,6 +139,8 @@ class LLM(TextGenerator):
             remote=pool,
             shape=shape,
             make_pipeline=SerialPipeline if config is None or pool is None else PIPELINES[config.pipeline],
+            costs=costs,
+            max_rows=max_num_batched_tokens,
         )
 
     def close(self) -> None:
@@ -208,11 +242,27 @@ class LLM(TextGenerator):
             raise VocabularyMismatchError(
                 f"the draft's head has {draft.vocab_size} tokens, the target's {self.model.vocab_size}"
             )
-        runner = ModelRunner(draft.decoder, max_nodes=TREE_CAPACITY)
+        runner = ModelRunner(
+            draft.decoder,
+            num_blocks=self.max_num_seqs * session_blocks(limit),
+            prefix_caching=self._prefix_caching,
+        )
         return LocalModelDrafting(
             ModelDraftEngine(runner, vocab_size=self.model.vocab_size),
             children=config.shape.children,
             eos_ids=self.model.eos_ids,
+        )
+
+
+def _check_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    if isinstance(max_num_batched_tokens, bool) or not 1 <= max_num_batched_tokens <= MAX_ROWS:
+        raise InvalidConfigError(
+            f"max_num_batched_tokens must be from 1 to {MAX_ROWS}, not {max_num_batched_tokens!r}"
+        )
+    if isinstance(max_num_seqs, bool) or not 1 <= max_num_seqs <= max_num_batched_tokens:
+        raise InvalidConfigError(
+            f"max_num_seqs must be from 1 to {max_num_batched_tokens}, the rows of a forward, "
+            f"not {max_num_seqs!r}"
         )
 
 

@@ -154,9 +154,9 @@ def simulate(
         remote=pool,
         shape=shape,
         make_pipeline=PIPELINES[pipeline or "parallel"],
+        costs=CostEstimates(step_cost),
         clock=world,
     )
-    engine.costs = CostEstimates(step_cost)
     with engine.start(Request(prompt_ids=np.zeros(1, np.int64), params=params)) as run:
         began = world.now
         while not run.finished:
@@ -247,8 +247,16 @@ class _NoText:
 class _Length:
     """All that a simulated sequence keeps."""
 
+    room = CONTEXT
+
     def __init__(self) -> None:
         self.length = 0
+
+    def reserve(self, positions: int) -> bool:
+        return positions <= self.room
+
+    def publish(self, tokens: IntArray) -> None:
+        """Nobody else is served."""
 
     def close(self) -> None:
         """Nothing to free."""
@@ -266,14 +274,12 @@ class _Runner:
         self._world, self._times, self._overhead = world, times.tolist(), overhead
         self._rows = torch.from_numpy(np.eye(text.vocab_size, dtype=np.float32)[text.truth])
 
-    def open(self, max_tokens: int) -> _Length:  # noqa: ARG002
+    def open(self, text: IntArray, like: tuple[_Length, int] | None = None) -> _Length:  # noqa: ARG002
         return _Length()
-
-    def prefill(self, sequence: _Length, tokens: IntArray) -> None:
-        sequence.length += len(tokens)
 
     def verify(self, queries: Sequence[TreeQuery[_Length]]) -> list[torch.Tensor]:
         (query,) = queries
+        assert query.tree is not None, "the prompt is one token"
         query.sequence.length += 1
         depths = np.concatenate((np.zeros(1, np.int64), query.tree.depths))
         self._world.advance(self._times[len(depths) - 1])

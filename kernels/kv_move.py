@@ -7,6 +7,6 @@ def kv_move(pool: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> N
     """Copies entries ``source[i]`` to ``target[i]`` in every layer, in place.
 
     pool: ``[layers, slots, 2, kv_heads, head_dim]``.
-    source, target: int64 ``[entries]``; no slot stands in both, so order does not matter.
+    source, target: int64 ``[entries]``; all are read before any is written, so a slot may be both.
     """
     pool.index_copy_(1, target, pool.index_select(1, source))

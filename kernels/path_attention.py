@@ -1,9 +1,10 @@
 """Attention of rows over paths of keys in blocks: the native kernel and a plain reference.
 
 R rows, H query heads, G key/value heads, D head size, N slots, B slots to a block. A row attends
-the first positions of its text, found through a table of blocks, then the nodes on its path down
-the draft tree. Position by position, whatever stands beside it: a row's bits depend on its path
-alone, and neither where keys lie nor how many rows there are changes them (docs/numerics.md).
+the first positions of its text, found through a table of blocks (where the model's window slides,
+the last of them only), then the nodes on its path down the draft tree. Position by position,
+whatever stands beside it: a row's bits depend on its path alone, and neither where keys lie nor how
+many rows there are changes them (docs/numerics.md).
 """
 
 from dataclasses import dataclass
@@ -24,13 +25,14 @@ class PathKeys:
     """What R rows attend; all int64.
 
     tables: blocks of the texts, one table behind the other. table_starts: ``[R]``, where each
-    row's begins. seen: ``[R]``, positions of its text that a row attends.
+    row's begins. first, seen: ``[R]``, a row attends the positions ``[first, seen)`` of its text.
     nodes: slots of the nodes on the rows' paths, from the root downwards, one row's behind the
     other's. node_starts: ``[R + 1]``.
     """
 
     tables: IntArray
     table_starts: IntArray
+    first: IntArray
     seen: IntArray
     nodes: IntArray
     node_starts: IntArray
@@ -62,7 +64,14 @@ class PathAttention:
         self._slots = slots.data_ptr()
         self._keys = tuple(
             each.ctypes.data
-            for each in (keys.tables, keys.table_starts, keys.seen, keys.nodes, keys.node_starts)
+            for each in (
+                keys.tables,
+                keys.table_starts,
+                keys.first,
+                keys.seen,
+                keys.nodes,
+                keys.node_starts,
+            )
         )
 
     def __call__(
@@ -96,8 +105,8 @@ class PathAttention:
 def path_attention_reference(q: torch.Tensor, pool: torch.Tensor, keys: PathKeys, block: int) -> torch.Tensor:
     """Attention ``[R, G, Q, D]`` in float64 of rotated ``q`` ``[R, G, Q, D]`` over ``pool``."""
     results = []
-    for row, (start, seen) in enumerate(zip(keys.table_starts, keys.seen, strict=True)):
-        positions = np.arange(seen)
+    for row, start in enumerate(keys.table_starts):
+        positions = np.arange(keys.first[row], keys.seen[row])
         slots = keys.tables[start + positions // block] * block + positions % block
         path = keys.nodes[keys.node_starts[row] : keys.node_starts[row + 1]]
         entries = pool[torch.from_numpy(np.concatenate((slots, path)))].double()

@@ -3,8 +3,8 @@
 Used where the native kernel of ``path_attention`` is not: in float64, and where nothing was built.
 
 R rows, G key/value heads, Q query heads per key/value head, D head size, S shared keys,
-W tail keys, N slots. A row attends the first S committed keys, which lie in consecutive
-slots, and a tail given by slot numbers: the end of the committed text and its own ancestors.
+W tail keys, N slots. A row attends the first S committed keys and a tail: the end of the committed
+text and its own ancestors. Where they lie is given by slot numbers, and each layer gathers them.
 
 *Canonical* attention makes a row's bits depend on its path alone (docs/numerics.md). For a
 row at position p, ``S = STRIDE * max(0, p // STRIDE - 1)`` and the tail holds the 64 positions
@@ -39,7 +39,7 @@ class AttentionGroup:
     rows: int64 ``[r]``, which rows of the batch; None means all of them, in order.
     num_rows: r.
     padded: r, rounded up to the row class of the products over shared keys.
-    shared: the S consecutive slots ``[start, start + S)``.
+    shared: int64 ``[S]``, slots of the prefix.
     tail_slots: canonical: int64 ``[r * W]``; fast: int64 ``[W]``, the same for all rows.
     tail_mask: ``[r, 1, W]``, added to scores: 0 or -inf.
     """
@@ -47,7 +47,7 @@ class AttentionGroup:
     rows: torch.Tensor | None
     num_rows: int
     padded: int
-    shared: tuple[int, int]
+    shared: torch.Tensor
     tail_slots: torch.Tensor
     tail_mask: torch.Tensor
 
@@ -55,8 +55,15 @@ class AttentionGroup:
 class Scratch:
     """Buffers allocated once, so that no step allocates in proportion to the context."""
 
-    def __init__(self, max_rows: int, num_heads: int, max_keys: int, dtype: torch.dtype) -> None:
-        self._buffers = torch.zeros(3, max_rows * num_heads * max_keys, dtype=dtype)
+    def __init__(self, max_rows: int, shape: tuple[int, int, int], max_keys: int, dtype: torch.dtype) -> None:
+        """shape: ``(G, Q, D)``."""
+        G, Q, D = shape
+        self._buffers = torch.zeros(3, max_rows * G * Q * max_keys, dtype=dtype)
+        self._prefix = torch.zeros(max_keys, 2, G, D, dtype=dtype)
+
+    def gathered(self, pool: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Keys and values ``[S, 2, G, D]`` in these slots of one layer's pool."""
+        return torch.index_select(pool, 0, slots, out=self._prefix[: len(slots)])
 
     def view(self, index: int, *shape: int) -> torch.Tensor:
         """The start of buffer ``index`` in the given shape; holds whatever was left there."""
@@ -178,23 +185,23 @@ def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
 class _CanonicalGroup:
     """One group's part of the step's buffers, from its tails' scores to its result.
 
-    shared: S slots. q, result: ``[G, padded, Q, D]``. tail_scores: ``[G, padded, Q, TAIL]``.
+    shared: int64 ``[S]``. q, result: ``[G, padded, Q, D]``. tail_scores: ``[G, padded, Q, TAIL]``.
     tail_values: ``[r, TAIL, G, D]``.
     """
 
     def __init__(
         self,
-        shared: tuple[int, int],
+        shared: torch.Tensor,
         q: torch.Tensor,
         tail_scores: torch.Tensor,
         tail_values: torch.Tensor,
         result: torch.Tensor,
         scratch: Scratch,
     ) -> None:
-        start, S = shared
+        S = len(shared)
         G, padded, Q, D = q.shape
         rows = len(tail_values)
-        self.shared = slice(start, start + S)
+        self.shared, self.scratch = shared, scratch
         self.q_flat, self.tail_scores = q.view(G, padded * Q, D), tail_scores
         self.result, self.result_flat = result, result.view(G, padded * Q, D)
         self.both = scratch.view(0, G, padded, Q, S + TAIL)
@@ -207,11 +214,11 @@ class _CanonicalGroup:
         ]
 
     def __call__(self, pool: torch.Tensor) -> None:
-        if self.shared.stop == self.shared.start:
+        if not len(self.shared):
             torch.softmax(self.tail_scores, -1, out=self.probs)
             self.result.zero_()
         else:
-            prefix = pool[self.shared]
+            prefix = self.scratch.gathered(pool, self.shared)
             torch.bmm(self.q_flat, prefix[:, 0].permute(1, 2, 0), out=self.shared_scores)
             torch.cat((self.shared_scores_4d, self.tail_scores), -1, out=self.both)
             torch.softmax(self.both, -1, out=self.probs)
@@ -244,10 +251,10 @@ class _FastRows:
 
     def __init__(self, group: AttentionGroup, shape: tuple[int, int, int], scratch: Scratch) -> None:
         G, Q, D = shape
-        rows, (start, S) = group.num_rows, group.shared
+        rows, S = group.num_rows, len(group.shared)
         W = len(group.tail_slots)
         self.flat, self.shape = (G, rows * Q, D), (G, rows, Q, D)
-        self.shared = slice(start, start + S)
+        self.shared, self.scratch = group.shared, scratch
         self.tail_slots, self.tail_mask = group.tail_slots, group.tail_mask
         self.shared_scores = scratch.view(0, G, rows * Q, S)
         self.tail_shape = (G, rows, Q, W)
@@ -257,7 +264,7 @@ class _FastRows:
 
     def __call__(self, q: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
         by_head = q.transpose(0, 1).reshape(self.flat)
-        prefix = pool[self.shared]
+        prefix = self.scratch.gathered(pool, self.shared)
         torch.bmm(by_head, prefix[:, 0].permute(1, 2, 0), out=self.shared_scores)
         if not len(self.tail_slots):
             torch.softmax(self.shared_scores, -1, out=self.probs)

@@ -14,6 +14,7 @@ import torch
 
 from outrider.kernels.path_attention import PathKeys
 from outrider.kernels.tree_attention import STRIDE, TAIL, AttentionGroup
+from outrider.models.block_pool import BLOCK
 from outrider.models.kv_cache import NULL_SLOT, KVSequence
 from outrider.models.numerics import RowClasses
 
@@ -29,7 +30,7 @@ class Rows:
     committed: positions ``[0, committed)`` are in place, or are written by these very rows.
     paths: bool ``[R, M]``, the nodes each row attends, itself included.
     node_positions, node_slots: int64 ``[M]``.
-    base: the slot of position 0. table: int64, the blocks from there on.
+    table: int64, the blocks of the positions.
     first_logit_row: the first row whose logits are wanted; R means none.
     """
 
@@ -40,9 +41,13 @@ class Rows:
     paths: BoolArray
     node_positions: IntArray
     node_slots: IntArray
-    base: int
     table: IntArray
     first_logit_row: int
+
+    def committed_slots(self, positions: IntArray) -> IntArray:
+        """Slots of positions of the committed text, in the same shape."""
+        slots: IntArray = self.table[positions // BLOCK] * BLOCK + positions % BLOCK
+        return slots
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,55 +66,63 @@ class Batch:
     logit_rows: slice | torch.Tensor
 
 
-def prefill_rows(sequence: KVSequence, tokens: IntArray, *, first_logit_row: int) -> Rows:
-    """The next ``tokens`` of the committed text, behind what is already cached."""
+def text_rows(sequence: KVSequence, tokens: IntArray, *, first_logit_row: int) -> Rows:
+    """The next ``tokens`` of the committed text."""
     start, count = sequence.length, len(tokens)
-    positions = np.arange(start, start + count)
     return Rows(
         tokens=tokens,
-        positions=positions,
-        slots=sequence.base + positions,
+        positions=np.arange(start, start + count),
+        slots=sequence.slots(start, start + count),
         committed=start + count,
         paths=np.zeros((count, 0), np.bool_),
         node_positions=np.zeros(0, np.int64),
         node_slots=np.zeros(0, np.int64),
-        base=sequence.base,
         table=sequence.table,
         first_logit_row=first_logit_row,
     )
 
 
 def tree_rows(
-    sequence: KVSequence, root: int, tokens: IntArray, depths: IntArray, ancestors: BoolArray
+    sequence: KVSequence, text: IntArray, tokens: IntArray, depths: IntArray, ancestors: BoolArray
 ) -> Rows:
-    """The last committed token as row 0, then the nodes of a tree whose KV goes to slots 0, 1, …"""
-    position = sequence.length
-    nodes = len(tokens)
-    node_slots = sequence.node_base + np.arange(nodes)
-    paths = np.zeros((nodes + 1, nodes), np.bool_)
-    paths[1:] = ancestors
+    """The committed tokens ``text`` that are not cached yet, the last being the tree's root, then its nodes.
+
+    The nodes' KV goes where the following positions' would. Logits are the root's and the nodes'.
+    """
+    if not len(tokens):
+        return text_rows(sequence, text, first_logit_row=len(text) - 1)
+    start, known, nodes = sequence.length, len(text), len(tokens)
+    root = start + known - 1
+    slots = sequence.slots(start, root + 1 + nodes)
+    paths = np.zeros((known + nodes, nodes), np.bool_)
+    paths[known:] = ancestors
     return Rows(
-        tokens=np.concatenate(([root], tokens)),
-        positions=np.concatenate(([position], position + depths)),
-        slots=np.concatenate(([sequence.base + position], node_slots)),
-        committed=position + 1,
+        tokens=np.concatenate((text, tokens)),
+        positions=np.concatenate((np.arange(start, root + 1), root + depths)),
+        slots=slots,
+        committed=root + 1,
         paths=paths,
-        node_positions=position + depths,
-        node_slots=node_slots,
-        base=sequence.base,
+        node_positions=root + depths,
+        node_slots=slots[known:],
         table=sequence.table,
-        first_logit_row=0,
+        first_logit_row=known - 1,
     )
 
 
-def make_batch(parts: Sequence[Rows], classes: RowClasses, dtype: torch.dtype) -> Batch:
-    """Lays out one forward over rows of different sequences; ``dtype`` is that of scores."""
+def make_batch(
+    parts: Sequence[Rows], classes: RowClasses, dtype: torch.dtype, window: int | None = None
+) -> Batch:
+    """Lays out one forward over rows of different sequences; ``dtype`` is that of scores.
+
+    window: of the positions up to its own a row attends the last so many; None: all.
+    """
     *offsets, _ = accumulate((len(part.tokens) for part in parts), initial=0)
+    by_path = classes.by_path
     return Batch(
         tokens=_joined([part.tokens for part in parts]),
         positions=_joined([part.positions for part in parts]),
         slots=_joined([part.slots for part in parts]),
-        attended=_path_keys(parts) if classes.by_path else _groups(parts, offsets, classes, dtype),
+        attended=_path_keys(parts, window) if by_path else _groups(parts, offsets, classes, dtype),
         logit_rows=_logit_rows(parts, offsets),
     )
 
@@ -118,20 +131,26 @@ def _joined(arrays: Sequence[IntArray]) -> torch.Tensor:
     return torch.from_numpy(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
 
 
-def _path_keys(parts: Sequence[Rows]) -> PathKeys:
+def _path_keys(parts: Sequence[Rows], window: int | None) -> PathKeys:
     """Positions through the parts' tables, then the paths' nodes in the order of their positions."""
-    seen, nodes, lengths = [], [], []
+    first, seen, nodes, lengths = [], [], [], []
     for part in parts:
         seen.append(np.minimum(part.positions, part.committed - 1) + 1)
-        row, node = np.nonzero(part.paths)
+        paths, before = part.paths, np.zeros_like(part.positions)
+        if window is not None:
+            before = np.maximum(0, part.positions - window + 1)
+            paths = paths & (part.node_positions >= before[:, None])
+        first.append(np.minimum(before, seen[-1]))
+        row, node = np.nonzero(paths)
         order = np.lexsort((part.node_positions[node], row))
         nodes.append(part.node_slots[node[order]])
-        lengths.append(np.count_nonzero(part.paths, axis=1))
+        lengths.append(np.count_nonzero(paths, axis=1))
     tables = [part.table for part in parts]
     starts = np.repeat(_ends(tables)[:-1], [len(part.tokens) for part in parts])
     return PathKeys(
         tables=np.concatenate(tables),
         table_starts=starts,
+        first=np.concatenate(first),
         seen=np.concatenate(seen),
         nodes=np.concatenate(nodes),
         node_starts=np.concatenate(([0], np.cumsum(np.concatenate(lengths)))),
@@ -185,7 +204,7 @@ def _canonical_groups(rows: Rows, classes: RowClasses, dtype: torch.dtype) -> li
                 rows=None if everyone else torch.from_numpy(members),
                 num_rows=len(members),
                 padded=classes.attention_rows(len(members)),
-                shared=(rows.base, int(shared)),
+                shared=_prefix(rows, int(shared)),
                 tail_slots=torch.from_numpy(slots[members].reshape(-1)),
                 tail_mask=torch.from_numpy(mask[members, None]).to(dtype),
             )
@@ -197,7 +216,8 @@ def _canonical_tails(rows: Rows, prefix: IntArray) -> tuple[IntArray, npt.NDArra
     """Tail slots int64 ``[R, TAIL]`` and masks ``[R, TAIL]``, in path order."""
     positions = prefix[:, None] + np.arange(TAIL)
     seen = np.minimum(rows.positions, rows.committed - 1)[:, None]
-    slots = np.where(positions <= seen, rows.base + positions, NULL_SLOT)
+    committed = rows.committed_slots(np.minimum(positions, rows.committed - 1))
+    slots = np.where(positions <= seen, committed, NULL_SLOT)
     row, node = np.nonzero(rows.paths)
     slots[row, rows.node_positions[node] - prefix[row]] = rows.node_slots[node]
     mask = np.where(positions <= rows.positions[:, None], np.float32(0), np.float32(-np.inf))
@@ -215,7 +235,12 @@ def _fast_group(rows: Rows, dtype: torch.dtype) -> AttentionGroup:
         rows=None,
         num_rows=len(seen),
         padded=len(seen),
-        shared=(rows.base, shared),
-        tail_slots=torch.from_numpy(np.concatenate((rows.base + later, rows.node_slots))),
+        shared=_prefix(rows, shared),
+        tail_slots=torch.from_numpy(np.concatenate((rows.committed_slots(later), rows.node_slots))),
         tail_mask=torch.from_numpy(mask[:, None]).to(dtype),
     )
+
+
+def _prefix(rows: Rows, count: int) -> torch.Tensor:
+    """Slots int64 ``[count]`` of the first positions."""
+    return torch.from_numpy(rows.committed_slots(np.arange(count)))

@@ -15,13 +15,19 @@ from typing import Any
 from outrider.models.rope import RopeConfig
 from outrider.speculation.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 # What transformers takes for a key that config.json leaves out. A null is not such a key.
 DEFAULT_HEAD_DIM = {"qwen3": 128}
-DEFAULT_BOS = {"llama": 1}
-DEFAULT_EOS = {"llama": 2}
+DEFAULT_BOS = {"llama": 1, "mistral": 1}
+DEFAULT_EOS = {"llama": 2, "mistral": 2}
+DEFAULT_WINDOW = {"mistral": 4096}
 DEFAULT_THETA = 10_000.0
 
 ROPE_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
@@ -53,6 +59,8 @@ class ModelConfig:
     qk_norm: bool
     """Whether queries and keys are normalised per head before they are rotated (qwen3)."""
     rope: RopeConfig
+    sliding_window: int | None
+    """A token attends the last so many, itself included; None: all before it."""
     eos_token_ids: tuple[int, ...]
     """Every token that ends a text; empty where the model names none."""
     bos_token_id: int | None
@@ -74,7 +82,7 @@ def load_config(folder: Path) -> ModelConfig:
     model_type = _supported_model_type(fields)
     _refuse_unsupported(fields)
     heads = fields.integer("num_attention_heads")
-    attention_bias = fields.flag("attention_bias")
+    attention_bias = fields.flag("attention_bias") and model_type != "mistral"
     return ModelConfig(
         model_type=model_type,
         vocab_size=fields.integer("vocab_size"),
@@ -92,6 +100,7 @@ def load_config(folder: Path) -> ModelConfig:
         mlp_bias=fields.flag("mlp_bias") and model_type == "llama",
         qk_norm=model_type == "qwen3",
         rope=_rope(fields),
+        sliding_window=_sliding_window(fields, model_type),
         eos_token_ids=_eos_token_ids(fields, DEFAULT_EOS.get(model_type), folder),
         bos_token_id=fields.token("bos_token_id", DEFAULT_BOS.get(model_type)),
         dtype=_dtype(fields),
@@ -194,6 +203,14 @@ def _refuse_unsupported(fields: _Fields) -> None:
     for layer_type in fields.get("layer_types") or ():
         if layer_type != "full_attention":
             raise fields.unsupported(f"layer type {layer_type!r} is not supported, only 'full_attention'")
+
+
+def _sliding_window(fields: _Fields, model_type: str) -> int | None:
+    if model_type != "mistral":
+        return None
+    if "sliding_window" in fields.values and fields.get("sliding_window") is None:
+        return None
+    return fields.integer("sliding_window", DEFAULT_WINDOW[model_type])
 
 
 def _num_kv_heads(fields: _Fields, heads: int) -> int:

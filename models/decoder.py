@@ -10,12 +10,14 @@ from outrider.kernels.pointwise import rms_norm
 from outrider.kernels.tree_attention import Scratch, TreeAttention
 from outrider.models.attention import Attention, SharedAttention
 from outrider.models.batch import Batch
+from outrider.models.block_pool import BLOCK
 from outrider.models.config import ModelConfig
-from outrider.models.kv_cache import BLOCK, TRASH_SLOT, KVCache
+from outrider.models.kv_cache import TRASH_SLOT, KVCache
 from outrider.models.layers import Block
 from outrider.models.numerics import MAX_ROWS, MAX_TAIL, Numerics, RowClasses, probe
 from outrider.models.rope import rope_frequencies
 from outrider.models.weights import Checkpoint
+from outrider.speculation.errors import UnsupportedModelError
 from outrider.speculation.tree import MAX_TREE_DEPTH
 
 
@@ -38,6 +40,9 @@ class Decoder:
         hidden, vocab = config.hidden_size, config.vocab_size
         self.config, self.dtype, self.max_model_len = config, dtype, max_model_len
         self.attention_dtype = torch.promote_types(dtype, torch.float32)
+        slides = config.sliding_window is not None and config.sliding_window < max_model_len
+        self.window = config.sliding_window if slides else None
+        """Tokens that a row attends; None where that is the whole context."""
         self.embedding = checkpoint.tensor("model.embed_tokens.weight", (vocab, hidden)).to(dtype)
         self.blocks = [Block(config, checkpoint, i, dtype) for i in range(config.num_layers)]
         self.norm = checkpoint.tensor("model.norm.weight", (hidden,)).to(dtype)
@@ -52,13 +57,20 @@ class Decoder:
         self.rotation = self._rotation_table()
         self.classes = self._row_classes(numerics)
         keys = 0 if self.classes.by_path else max_model_len + MAX_TAIL
-        self.scratch = Scratch(MAX_ROWS, config.num_heads, keys, self.attention_dtype)
+        self.scratch = Scratch(MAX_ROWS, self.heads, keys, self.attention_dtype)
 
     @property
     def numerics(self) -> Numerics:
         return Numerics.CANONICAL if self.classes.canonical else Numerics.FAST
 
-    def make_cache(self, num_blocks: int) -> KVCache:
+    @property
+    def block_bytes(self) -> int:
+        """Memory that a block of the cache takes, in all layers."""
+        config = self.config
+        entry = 2 * config.num_kv_heads * config.head_dim * self.attention_dtype.itemsize
+        return config.num_layers * BLOCK * entry
+
+    def make_cache(self, num_blocks: int, *, prefix_caching: bool = True) -> KVCache:
         """A pool of blocks for this network; keys and values stand in ``attention_dtype``.
 
         CPU libraries multiply small bfloat16 matrices at less than half of float32's speed,
@@ -70,6 +82,8 @@ class Decoder:
             head_dim=self.config.head_dim,
             num_blocks=num_blocks,
             dtype=self.attention_dtype,
+            numerics=self.numerics,
+            prefix_caching=prefix_caching,
         )
 
     @torch.inference_mode()
@@ -159,6 +173,11 @@ class Decoder:
     @torch.inference_mode()
     def _row_classes(self, numerics: Numerics) -> RowClasses:
         by_path = library.layers(self.embedding) is not None and self.config.head_dim <= MAX_HEAD_DIM
+        if self.window is not None and not by_path:
+            raise UnsupportedModelError(
+                f"sliding_window {self.window}, shorter than max_model_len {self.max_model_len}, needs "
+                f"bfloat16 or float32 and the native kernels, not {self.dtype}"
+            )
         if numerics is Numerics.FAST:
             return RowClasses(canonical=False, by_path=by_path)
         return probe(

@@ -1,10 +1,9 @@
-"""The KV pool and who owns which of its blocks.
+"""The KV pool, and what each sequence holds of it.
 
-Slots are numbered over the whole pool; a block is 32 consecutive slots. Block 0 belongs to
-nobody: its slot 0 stays zero and stands for "no key", its slot 1 takes the writes of rows
-that only fill up a row class. A sequence owns a run of blocks for its positions and, behind
-it, an arena for the nodes of its draft tree, so that committed and speculative entries never
-share a slot and accepting nodes is a plain copy.
+Slots are numbered over the whole pool; a block is 32 consecutive slots (``block_pool``). Block 0
+belongs to nobody: its slot 0 stays zero and stands for "no key", its slot 1 takes the writes of
+rows that only fill up a row class. A sequence's positions lie in blocks anywhere in the pool, some
+of them shared with sequences whose texts begin alike.
 """
 
 import numpy as np
@@ -12,86 +11,176 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.kv_move import kv_move
+from outrider.models.block_pool import BLOCK, BlockPool, blocks_for, next_key
 from outrider.speculation.errors import OutOfBlocksError
 
-BLOCK = 32
 NULL_SLOT = 0
 TRASH_SLOT = 1
 
-
-def blocks_for(slots: int) -> int:
-    """Blocks that hold this many slots."""
-    return -(-slots // BLOCK)
+IntArray = npt.NDArray[np.int64]
 
 
 class KVCache:
-    """Pool ``[layers, slots, 2, kv_heads, head_dim]`` (keys, then values) and its free blocks."""
+    """Pool ``[layers, slots, 2, kv_heads, head_dim]`` (keys, then values) and its blocks.
+
+    numerics: how entries are computed; part of what published blocks are known by.
+    prefix_caching: whether sequences publish what others may begin with.
+    """
 
     def __init__(
-        self, *, layers: int, kv_heads: int, head_dim: int, num_blocks: int, dtype: torch.dtype
+        self,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        num_blocks: int,
+        dtype: torch.dtype,
+        numerics: str = "",
+        prefix_caching: bool = True,
     ) -> None:
         self.pool = torch.zeros(layers, (num_blocks + 1) * BLOCK, 2, kv_heads, head_dim, dtype=dtype)
         self.layers = list(self.pool)
-        self._free = np.ones(num_blocks + 1, np.bool_)
-        self._free[0] = False
+        self.blocks = BlockPool(num_blocks)
+        self.first_key, self.prefix_caching = numerics.encode(), prefix_caching
 
-    @property
-    def num_free_blocks(self) -> int:
-        return int(self._free.sum())
+    def move(self, source: IntArray, target: IntArray) -> None:
+        """Copies the entries of these slots, in every layer; all are read before any is written."""
+        kv_move(self.pool, torch.from_numpy(source), torch.from_numpy(target))
 
-    def allocate(self, count: int) -> range | None:
-        """A run of ``count`` consecutive free blocks, or None when there is none."""
-        if count == 0:
-            return range(0)
-        runs = np.convolve(self._free, np.ones(count, np.int64), mode="valid")
-        fits = np.flatnonzero(runs == count)
-        if not len(fits):
-            return None
-        blocks = range(int(fits[0]), int(fits[0]) + count)
-        self._free[blocks.start : blocks.stop] = False
-        return blocks
-
-    def free(self, blocks: range) -> None:
-        assert not self._free[blocks.start : blocks.stop].any(), f"blocks {blocks} were free already"
-        self._free[blocks.start : blocks.stop] = True
+    def check(self, tables: list[list[int]]) -> None:
+        """Asserts that nothing leaked beyond these sequences' tables and the null slot is still zero."""
+        self.blocks.check(tables)
+        assert not self.pool[:, NULL_SLOT].any(), "the null slot was written to"
 
     def check_idle(self) -> None:
-        """Asserts that nothing leaked: every block is free and the null slot is still zero."""
-        assert self._free[1:].all(), f"{int((~self._free[1:]).sum())} KV blocks leaked"
-        assert not self.pool[:, NULL_SLOT].any(), "the null slot was written to"
+        """Asserts that no sequence holds anything."""
+        self.check([])
 
 
 class KVSequence:
     """One request's part of the pool.
 
-    table: int64, the blocks of its positions.
-    length: positions ``[0, length)`` hold the KV of committed tokens.
-    Node i of the draft tree keeps its entry at ``node_base + i`` until it is committed or dropped.
+    length: positions ``[0, length)`` hold the KV of committed tokens; what lies in the reserved
+    slots behind them is speculative.
     """
 
-    def __init__(self, cache: KVCache, *, max_tokens: int, max_nodes: int) -> None:
-        position_blocks = blocks_for(max_tokens)
-        blocks = cache.allocate(position_blocks + blocks_for(max_nodes))
-        if blocks is None:
-            raise OutOfBlocksError(
-                f"{max_tokens} tokens and {max_nodes} nodes do not fit the KV cache: "
-                f"{cache.num_free_blocks} blocks of {BLOCK} are free"
-            )
-        self._cache, self._blocks = cache, blocks
-        self.base = blocks.start * BLOCK
-        self.table = np.arange(blocks.start, blocks.start + position_blocks)
-        self.node_base = self.base + position_blocks * BLOCK
-        self.max_tokens, self.max_nodes = max_tokens, max_nodes
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._blocks: list[int] = []
+        self.table: IntArray = np.zeros(0, np.int64)
+        """Its blocks."""
         self.length = 0
+        self._keys = [cache.first_key]
 
-    def commit_nodes(self, nodes: npt.NDArray[np.int64]) -> None:
-        """Moves accepted nodes' entries, in path order, to the positions after ``length``."""
-        if len(nodes):
-            target = np.arange(self.length, self.length + len(nodes)) + self.base
-            kv_move(self._cache.pool, torch.from_numpy(nodes + self.node_base), torch.from_numpy(target))
-            self.length += len(nodes)
+    @property
+    def blocks(self) -> list[int]:
+        """Its blocks, in the order of positions."""
+        return self._blocks
+
+    @property
+    def room(self) -> int:
+        """Positions that it has slots for."""
+        return len(self._blocks) * BLOCK
+
+    def reserve(self, positions: int) -> bool:
+        """Makes room for so many positions; takes nothing where that is not possible."""
+        missing = blocks_for(positions) - len(self._blocks)
+        if missing > 0:
+            new = self._cache.blocks.allocate(missing)
+            if new is None:
+                return False
+            self._hold(self._blocks + new)
+        return True
+
+    def slots(self, start: int, stop: int) -> IntArray:
+        """Slots of the positions ``[start, stop)``."""
+        positions = np.arange(start, stop)
+        slots: IntArray = self.table[positions // BLOCK] * BLOCK + positions % BLOCK
+        return slots
+
+    def keep(self, sources: IntArray) -> None:
+        """Makes the entries in these slots, in path order, those of the positions after ``length``."""
+        count = len(sources)
+        targets = self.slots(self.length, self.length + count)
+        if not np.array_equal(sources, targets):
+            self._cache.move(sources, targets)
+        self.length += count
+
+    def shrink(self) -> None:
+        """Gives back the blocks in which nothing committed lies."""
+        used = blocks_for(self.length)
+        if used < len(self._blocks):
+            self._cache.blocks.release(self._blocks[used:])
+            self._hold(self._blocks[:used])
+
+    def publish(self, tokens: IntArray) -> None:
+        """Lets others find the full blocks. tokens: int64, the committed text or its beginning."""
+        if not self._cache.prefix_caching:
+            return
+        for index in range(len(self._keys) - 1, min(self.length, len(tokens)) // BLOCK):
+            key = next_key(self._keys[-1], tokens[index * BLOCK : (index + 1) * BLOCK])
+            self._keys.append(key)
+            self._cache.blocks.publish(self._blocks[index], key)
+
+    def adopt(self, tokens: IntArray) -> None:
+        """Begins, still empty, with what published blocks hold of ``tokens`` (int64 ``[n]``)."""
+        whole = len(tokens) // BLOCK
+        keys = [self._cache.first_key]
+        for index in range(whole):
+            keys.append(next_key(keys[-1], tokens[index * BLOCK : (index + 1) * BLOCK]))
+        found = self._cache.blocks.find(keys[1:])
+        self._cache.blocks.share(found)
+        self._hold(found)
+        self._keys = keys[: len(found) + 1]
+        self.length = len(found) * BLOCK
+
+    def fork(self, length: int) -> "KVSequence | None":
+        """A sequence that begins with the first ``length`` positions; None without a block for it.
+
+        Full blocks are shared, the rest of the last one is copied.
+        """
+        whole, rest = divmod(length, BLOCK)
+        child = KVSequence(self._cache)
+        self._cache.blocks.share(self._blocks[:whole])
+        child._hold(self._blocks[:whole])
+        if rest and not child.reserve(length):
+            child.close()
+            return None
+        if rest:
+            start = whole * BLOCK
+            self._cache.move(self.slots(start, length), child.slots(start, length))
+        child._keys = self._keys[: whole + 1]
+        child.length = length
+        return child
 
     def close(self) -> None:
         """Gives the blocks back."""
-        self._cache.free(self._blocks)
-        self._blocks = range(0)
+        self._cache.blocks.release(self._blocks)
+        self._hold([])
+        self.length = 0
+
+    def _hold(self, blocks: list[int]) -> None:
+        self._blocks = blocks
+        self.table = np.array(blocks, np.int64)
+
+
+class NodeArena:
+    """Slots for the nodes of a tree that outlives steps: node i keeps its entry at ``slots[i]``.
+
+    Raises:
+        OutOfBlocksError: there are not enough free blocks.
+    """
+
+    def __init__(self, cache: KVCache, capacity: int) -> None:
+        blocks = cache.blocks.allocate(blocks_for(capacity))
+        if blocks is None:
+            raise OutOfBlocksError(
+                f"{capacity} nodes do not fit: {cache.blocks.num_free} blocks of {BLOCK} are free"
+            )
+        self._pool, self.blocks = cache.blocks, blocks
+        self.slots: IntArray = (np.array(blocks)[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)[:capacity]
+
+    def close(self) -> None:
+        """Gives the blocks back."""
+        self._pool.release(self.blocks)
+        self.blocks = []

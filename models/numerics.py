@@ -117,14 +117,14 @@ def _attention_quantum(
     G, Q, D = heads
     pool = torch.randn(S + TAIL, 2, G, D, generator=generator).to(dtype)
     q = torch.randn(MAX_ROWS, G, Q, D, generator=generator).to(dtype)
-    scratch = Scratch(MAX_ROWS, G * Q, S + TAIL, dtype)
+    scratch = Scratch(MAX_ROWS, heads, S + TAIL, dtype)
 
     def product(first: int, count: int, quantum: int) -> torch.Tensor:
         group = AttentionGroup(
             rows=None,
             num_rows=count,
             padded=-(-count // quantum) * quantum,
-            shared=(0, S),
+            shared=torch.arange(S),
             tail_slots=torch.arange(S, S + TAIL).repeat(count),
             tail_mask=torch.zeros(count, 1, TAIL, dtype=dtype),
         )

@@ -17,6 +17,7 @@ class Request:
     speculative: whether the engine's drafter may help; the tokens are the same either way.
     pipeline: how drafting and verification take turns, see ``pipelines.registry``; the engine's
         own by default.
+    priority: of two that wait, the one with the lower goes first.
     request_id: what log lines call it.
     """
 
@@ -25,6 +26,7 @@ class Request:
     choice: int = 0
     speculative: bool = True
     pipeline: str | None = None
+    priority: int = 0
     request_id: str = field(default_factory=lambda: uuid4().hex[:16])
 
 

@@ -24,26 +24,30 @@ def best_budget(
     return int(rates(path_scores_desc, step_seconds, draft_seconds).argmax())
 
 
-def share_budget(path_scores_desc: Sequence[FloatArray], step_seconds: npt.ArrayLike) -> list[int]:
+def share_budget(
+    path_scores_desc: Sequence[FloatArray], step_seconds: npt.ArrayLike, other_rows: int = 0
+) -> list[int]:
     """How many nodes of each request of a batch to verify in one step, zero allowed.
 
     path_scores_desc: per request ``[n_i]``, best first. step_seconds: as for ``rates``; a step
-    takes at most R rows, one of which each request has anyway.
+    takes at most R rows, one of which each request has anyway. other_rows: taken by something else.
 
     With B requests, the best n nodes of all together yield ``B + s_1 + ... + s_n`` tokens in
-    ``step_seconds(B + n)``; the n with the highest rate is taken. Rows go where they gain most.
+    ``step_seconds(other_rows + B + n)``; the n with the highest rate is taken. Rows go where they
+    gain most.
 
     Raises:
         ValueError: there are more requests than rows.
     """
     seconds = np.asarray(step_seconds, np.float64)
     batch = len(path_scores_desc)
-    if batch > len(seconds):
-        raise ValueError(f"{batch} requests do not fit {len(seconds)} rows")
+    base = batch + other_rows
+    if base > len(seconds):
+        raise ValueError(f"{batch} requests and {other_rows} other rows do not fit {len(seconds)} rows")
     everything = np.concatenate(path_scores_desc)
-    order = np.argsort(-everything, kind="stable")[: len(seconds) - batch]
+    order = np.argsort(-everything, kind="stable")[: len(seconds) - base]
     tokens = batch + np.concatenate((np.zeros(1), np.cumsum(everything[order])))
-    count = int((tokens / seconds[batch - 1 : batch + len(order)]).argmax())
+    count = int((tokens / seconds[base - 1 : base + len(order)]).argmax())
     owners = np.repeat(np.arange(batch), [len(scores) for scores in path_scores_desc])
     shares: list[int] = np.bincount(owners[order[:count]], minlength=batch).tolist()
     return shares

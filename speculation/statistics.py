@@ -17,7 +17,8 @@ class SpeculationStatistics:
     target_steps, target_rows, target_seconds: forwards of the target, query rows, duration.
     draft_steps, draft_rows, draft_seconds: the same of the drafter.
     num_output_tokens: committed tokens.
-    prefill_seconds: caching the prompt at the target.
+    prefill_seconds: caching pieces of the text at the target, before its first or next token.
+    cached_tokens: that were found cached and so were not computed. preemptions: for want of memory.
     accepted_by_drafter: accepted draft tokens by who proposed them.
     reroot_hits, reroot_misses: re-roots that kept, or lost, the tree.
     wait_seconds: the target was held back for the drafter.
@@ -42,6 +43,8 @@ class SpeculationStatistics:
     draft_seconds: float = 0.0
     num_output_tokens: int = 0
     prefill_seconds: float = 0.0
+    cached_tokens: int = 0
+    preemptions: int = 0
     accepted_by_drafter: dict[str, int] = field(default_factory=dict)
     reroot_hits: int = 0
     reroot_misses: int = 0
@@ -131,6 +134,8 @@ class SpeculationStatistics:
             "acceptance_rate_per_pos": self.acceptance_rate_per_pos,
             "num_output_tokens": self.num_output_tokens,
             "prefill_seconds": self.prefill_seconds,
+            "cached_tokens": self.cached_tokens,
+            "preemptions": self.preemptions,
             "target_steps": self.target_steps,
             "target_rows": self.target_rows,
             "target_seconds": self.target_seconds,

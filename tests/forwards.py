@@ -9,11 +9,12 @@ import torch
 
 from outrider.actors.model_runner import ModelRunner
 from outrider.actors.runner import TreeQuery
-from outrider.models.batch import prefill_rows
+from outrider.models.batch import text_rows
+from outrider.models.block_pool import blocks_for
 from outrider.models.config import load_config
 from outrider.models.decoder import Decoder
 from outrider.models.kv_cache import KVSequence
-from outrider.models.numerics import Numerics
+from outrider.models.numerics import MAX_ROWS, Numerics
 from outrider.models.weights import Checkpoint
 from outrider.speculation.tree import DraftTree, Law
 
@@ -35,11 +36,26 @@ def make_runner(
         numerics=numerics,
         max_model_len=config.max_position_embeddings,
     )
-    return ModelRunner(decoder, max_nodes=MAX_NODES, num_sequences=num_sequences)
+    return ModelRunner(decoder, num_blocks=num_sequences * blocks_for(decoder.max_model_len + MAX_ROWS))
 
 
 def random_ids(count: int, vocab: int = 300, seed: int = 0) -> npt.NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, vocab, count)
+
+
+def opened(runner: ModelRunner, tokens: npt.NDArray[np.int64]) -> KVSequence:
+    """A sequence with ``tokens`` cached, by nothing but forwards, and room for a forward's rows."""
+    sequence = KVSequence(runner.cache)
+    extend(runner, sequence, tokens)
+    return sequence
+
+
+def extend(runner: ModelRunner, sequence: KVSequence, tokens: npt.NDArray[np.int64]) -> None:
+    """Caches ``tokens`` behind what a sequence holds."""
+    assert sequence.reserve(sequence.length + len(tokens) + MAX_ROWS)
+    for start in range(0, len(tokens), MAX_ROWS):
+        chunk = tokens[start : start + MAX_ROWS]
+        runner.verify([TreeQuery(sequence=sequence, tokens=chunk, tree=None)])
 
 
 def chunked_logits(
@@ -47,10 +63,11 @@ def chunked_logits(
 ) -> tuple[torch.Tensor, KVSequence]:
     """Logits after every token when the text comes in chunks of these sizes, and the sequence."""
     assert sum(chunks) == len(ids)
-    sequence = runner.open(runner.max_model_len)
+    sequence = opened(runner, ids[:0])
+    assert sequence.reserve(len(ids))
     parts, start = [], 0
     for size in chunks:
-        rows = prefill_rows(sequence, ids[start : start + size], first_logit_row=0)
+        rows = text_rows(sequence, ids[start : start + size], first_logit_row=0)
         parts.append(runner.forward([rows]))
         sequence.length += size
         start += size
@@ -59,7 +76,8 @@ def chunked_logits(
 
 def verify(runner: ModelRunner, sequence: KVSequence, root: int, tree: DraftTree) -> torch.Tensor:
     """Logits ``[1 + nodes, vocab]`` of one sequence in a forward of its own."""
-    (logits,) = runner.verify([TreeQuery(sequence=sequence, root=root, tree=tree)])
+    assert sequence.reserve(sequence.length + 1 + len(tree))
+    (logits,) = runner.verify([TreeQuery(sequence=sequence, tokens=np.array([root]), tree=tree)])
     return logits
 
 

@@ -72,7 +72,8 @@ def _cluster(parameters: str, *, debug: bool) -> Iterator["TextGenerator"]:
             inflate(pair.TARGET, target, parameters=parse_count(parameters))
         values = {
             "name": f"demo-{Path(folder).name.removeprefix('outrider-demo-').lower().replace('_', '-')}",
-            "target": {"model": str(target), "max_num_seqs": 1},
+            # Every way must take in its prompts by itself.
+            "target": {"model": str(target), "max_num_seqs": 1, "enable_prefix_caching": False},
             "draft": {"model": str(pair.DRAFT)},
         }
         with notice("starting Ray, a target and a draft worker (ten to twenty seconds) ..."):

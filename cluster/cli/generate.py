@@ -28,6 +28,10 @@ _OF_THIS_PROCESS = {
     "numerics": "canonical",
     "max_model_len": None,
     "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "kv_cache_memory": None,
+    "gpu_memory_utilization": None,
+    "target_profile": None,
     "threads": None,
     "workers": None,
     "num_speculative_tokens": None,
@@ -200,6 +204,10 @@ def _load(arguments: argparse.Namespace, config: dict[str, Any] | None) -> "LLM"
         numerics=arguments.numerics,
         max_model_len=arguments.max_model_len,
         max_num_seqs=arguments.max_num_seqs,
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
+        kv_cache_memory=arguments.kv_cache_memory,
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
+        target_profile=arguments.target_profile,
     )
 
 
@@ -285,6 +293,29 @@ def _add_models(parser: Parser) -> None:
         help="tokens of prompt and output; the model's by default",
     )
     add("--max-num-seqs", metavar="N", type=integer, default=8, help="prompts served at once; default 8")
+    add(
+        "--max-num-batched-tokens",
+        metavar="N",
+        type=integer,
+        default=64,
+        help="rows of one forward; fewer make long prompts hold up the others for less; default 64",
+    )
+    add(
+        "--kv-cache-memory",
+        metavar="SIZE",
+        help="bytes of the KV cache, or e.g. 2GiB; by default what max-num-seqs full texts can use",
+    )
+    add(
+        "--gpu-memory-utilization",
+        metavar="F",
+        type=real,
+        help="share of memory for weights and KV, of the machine's on CPU; default 0.5",
+    )
+    add(
+        "--target-profile",
+        metavar="FILE",
+        help="step times of the target, written if missing; else measured at each start",
+    )
     add("--threads", metavar="N", type=integer, help="CPU threads; by default all but local workers'")
 
 

@@ -30,23 +30,26 @@ struct Attention {
     float* pool;                  // [slots][2][kv_heads][dim]
     const int64_t* tables;        // of blocks, all sequences' behind one another
     const int64_t* table_starts;  // [rows]
-    const int64_t* seen;          // [rows], positions of the committed text that a row attends
+    const int64_t* first;         // [rows], the first position of the committed text that a row attends
+    const int64_t* seen;          // [rows], the position behind the last one
     const int64_t* nodes;         // slots of the paths below
     const int64_t* node_starts;   // [rows + 1]
     void* out;                    // [rows][heads][dim]
 
-    size_t length(size_t row) const { return static_cast<size_t>(seen[row] + node_starts[row + 1] - node_starts[row]); }
+    size_t length(size_t row) const {
+        return static_cast<size_t>(seen[row] - first[row] + node_starts[row + 1] - node_starts[row]);
+    }
 
     // Where the row's keys of head g lie; the last one again until LANES divides their number.
     size_t find_keys(size_t row, size_t g, std::vector<const float*>& keys) const {
-        const size_t entry = 2 * kv_heads * dim, count = length(row), committed = static_cast<size_t>(seen[row]);
+        const size_t entry = 2 * kv_heads * dim, count = length(row), stop = static_cast<size_t>(seen[row]);
         keys.resize((count + LANES - 1) / LANES * LANES);
         const int64_t* table = tables + table_starts[row];
         const float* head = pool + g * dim;
         size_t j = 0;
-        for (size_t b = 0; j < committed; b++) {
-            const float* first = head + static_cast<size_t>(table[b]) * block * entry;
-            for (size_t end = std::min(committed, j + block); j < end; j++, first += entry) keys[j] = first;
+        for (size_t p = static_cast<size_t>(first[row]); p < stop;) {
+            const float* key = head + (static_cast<size_t>(table[p / block]) * block + p % block) * entry;
+            for (size_t end = std::min(stop, p - p % block + block); p < end; p++, key += entry) keys[j++] = key;
         }
         for (const int64_t* node = nodes + node_starts[row]; j < count; j++, node++)
             keys[j] = head + static_cast<size_t>(*node) * entry;

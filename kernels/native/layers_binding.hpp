@@ -34,9 +34,9 @@ PyObject* silu_mul(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
 }
 
 PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-    size_t a[18];
+    size_t a[19];
     if (!read_all(args, nargs - 1, a)) return nullptr;
-    double eps = PyFloat_AsDouble(args[18]);
+    double eps = PyFloat_AsDouble(args[19]);
     if (eps == -1.0 && PyErr_Occurred()) return nullptr;
     if (a[4] > outrider::MAX_DIM) return PyErr_Format(PyExc_ValueError, "heads of %zu numbers", a[4]);
     outrider::Attention job;
@@ -44,9 +44,10 @@ PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     job.projected = at<const void>(a[6]), job.turns = at<const float>(a[7]), job.norm = at<const float>(a[8]);
     job.slots = at<const int64_t>(a[9]), job.pool = at<float>(a[10]);
     job.tables = at<const int64_t>(a[11]), job.table_starts = at<const int64_t>(a[12]);
-    job.seen = at<const int64_t>(a[13]), job.nodes = at<const int64_t>(a[14]);
-    job.node_starts = at<const int64_t>(a[15]), job.out = at<void>(a[16]), job.eps = static_cast<float>(eps);
-    size_t threads = a[17];
+    job.first = at<const int64_t>(a[13]), job.seen = at<const int64_t>(a[14]);
+    job.nodes = at<const int64_t>(a[15]), job.node_starts = at<const int64_t>(a[16]);
+    job.out = at<void>(a[17]), job.eps = static_cast<float>(eps);
+    size_t threads = a[18];
     bool enough = true;
     Py_BEGIN_ALLOW_THREADS
     try {

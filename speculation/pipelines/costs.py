@@ -3,6 +3,7 @@
 import numpy as np
 
 from outrider.speculation.living_tree import LivingTree
+from outrider.speculation.pipelines.shape import MAX_VERIFIED_NODES
 from outrider.speculation.pipelines.tree_yield import FORGETTING, LEARNING_RATE, TreeYield
 from outrider.speculation.selection import best_budget
 from outrider.speculation.step_cost import StepCostModel
@@ -15,33 +16,84 @@ FIRST_HIT_PROBABILITY = 0.8
 """Assumed chance that a node's children hold the target's token, before any was judged."""
 
 
-class CostEstimates:
-    """What rounds cost and yield, learnt online and shared by all requests of one engine."""
+class _LearntCurve:
+    """Seconds by rows, fitted anew as steps are observed."""
 
-    def __init__(self, step_cost: StepCostModel | None = None) -> None:
+    def __init__(self, model: StepCostModel) -> None:
+        self.model = model
+        self.num_observed = 0
+        self._curve: FloatArray | None = None
+
+    def upto(self, max_rows: int) -> FloatArray:
+        """Seconds of a step with 1, 2, ... ``max_rows`` rows."""
+        if self._curve is None or len(self._curve) < max_rows:
+            self._curve = self.model.curve(max_rows)
+        return self._curve[:max_rows]
+
+    def observe(self, rows: int, seconds: float) -> None:
+        self.model.observe(rows, seconds)
+        self.num_observed += 1
+        # Fitting the curve takes longer than using it, and one step says little once many did.
+        if self.num_observed < SETTLED or not self.num_observed % REFIT_EVERY:
+            self._curve = None
+
+
+class CostEstimates:
+    """What rounds cost and yield, learnt online and shared by all requests of one engine.
+
+    company: requests that decode in the step to come; each decides as if the others did the same.
+    max_rows: of one forward.
+    """
+
+    def __init__(
+        self, step_cost: StepCostModel | None = None, *, max_rows: int = MAX_VERIFIED_NODES + 1
+    ) -> None:
         self.step_cost = step_cost or StepCostModel()
+        self.max_rows, self.company = max_rows, 1
         self.draft_seconds: float | None = None
         self.round_trip: float | None = None
-        """Seconds of a remote drafter's round beside its draft steps; None before the first."""
+        """Seconds of a remote drafter's draft step, and of its round beside them; None before the first."""
         self.hit_probability = FIRST_HIT_PROBABILITY
         self.trees = TreeYield()
-        self._curve: FloatArray | None = None
-        self._num_observed = 0
+        self._target = _LearntCurve(self.step_cost)
+        self._local_draft = _LearntCurve(StepCostModel())
+        self._draft_discount = 1.0
 
     def curve(self, max_rows: int) -> FloatArray:
         """Seconds of a target step by rows, ``[max_rows]``."""
-        if self._curve is None or len(self._curve) < max_rows:
-            self._curve = self.step_cost.curve(max_rows)
-        return self._curve[:max_rows]
+        return self._target.upto(max_rows)
+
+    def target_share(self, most: int) -> FloatArray:
+        """Seconds of a target step per request if each verifies 0, 1, ... nodes.
+
+        As many as ``most`` and the forward allow.
+        """
+        nodes = np.arange(min(most, self.max_rows // self.company - 1) + 1)
+        share: FloatArray = self.curve(self.max_rows)[self.company * (1 + nodes) - 1] / self.company
+        return share
+
+    def draft_share(self, rows: int) -> float:
+        """Seconds per request of a draft step in this process in which each has so many rows.
+
+        Zero before the first: whether drafting pays is found out by drafting.
+        """
+        if not self._local_draft.num_observed:
+            return 0.0
+        together = min(max(1, rows) * self.company, self.max_rows)
+        return (
+            self._draft_discount * float(self._local_draft.upto(self.max_rows)[together - 1]) / self.company
+        )
 
     def observe_target_step(self, rows: int, seconds: float) -> None:
-        self.step_cost.observe(rows, seconds)
-        self._num_observed += 1
-        # Fitting the curve takes longer than using it, and one step says little once many did.
-        if self._num_observed < SETTLED or not self._num_observed % REFIT_EVERY:
-            self._curve = None
+        self._target.observe(rows, seconds)
+
+    def observe_local_draft_step(self, rows: int, seconds: float) -> None:
+        """A forward of a drafter in this process; one that computes nothing counts as a row."""
+        self._local_draft.observe(max(1, rows), seconds)
+        self._draft_discount = 1.0
 
     def observe_draft_step(self, seconds: float) -> None:
+        """A remote drafter's."""
         self.draft_seconds = _updated(self.draft_seconds, seconds)
 
     def observe_round_trip(self, seconds: float) -> None:
@@ -59,21 +111,23 @@ class CostEstimates:
             self.trees.observe_verdict(expected, hits)
         else:
             # Else a drafter that lost all credit would never be tried again.
-            self.trees.forgive_a_little()
+            self.trees.forgive_a_little(FORGETTING / self.company)
 
     def best_budget(self, tree: LivingTree, most: int) -> int:
         """How many of a remote drafter's best nodes to verify, its scores taken for what they are worth."""
         live = -np.sort(-tree.path_scores[tree.slots])
-        return best_budget(self.trees.trust * live, self.curve(most + 1))
+        return best_budget(self.trees.trust * live, self.target_share(most))
 
     def forget_a_little(self) -> None:
-        """After a step without drafting: what made it unattractive may have changed."""
-        self.hit_probability += FORGETTING * (FIRST_HIT_PROBABILITY - self.hit_probability)
-        self.trees.forget_a_little()
+        """After a request's step without drafting: what made it unattractive may have changed."""
+        share = FORGETTING / self.company
+        self.hit_probability += share * (FIRST_HIT_PROBABILITY - self.hit_probability)
+        self.trees.forget_a_little(share)
+        self._draft_discount *= 1 - share
         if self.draft_seconds is not None:
-            self.draft_seconds *= 1 - FORGETTING
+            self.draft_seconds *= 1 - share
         if self.round_trip is not None:
-            self.round_trip *= 1 - FORGETTING
+            self.round_trip *= 1 - share
 
 
 def _updated(known: float | None, seconds: float) -> float:

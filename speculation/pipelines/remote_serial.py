@@ -86,8 +86,9 @@ class RemoteSerialPipeline:
         depth, costs = self.shape.depth, self.costs
         if not self.shape.adaptive:
             return depth
-        nodes = self.shape.num_speculative_tokens
+        share = costs.target_share(self.shape.num_speculative_tokens)
+        nodes = len(share) - 1
         steps = np.arange(depth + 1)[:, None]
         draft = np.where(steps > 0, (costs.round_trip or 0.0) + steps * (costs.draft_seconds or 0.0), 0.0)
-        rates = (1.0 + costs.trees.tokens(depth, nodes)) / (costs.curve(nodes + 1) + draft)
+        rates = (1.0 + costs.trees.tokens(depth, nodes)) / (share + draft)
         return int(rates.argmax()) // (nodes + 1)

@@ -38,18 +38,17 @@ class SerialPipeline:
         if not self.shape.adaptive:
             exhausted = self._steps >= self.shape.depth or not len(tree.frontier(1))
             return Verify(self.shape.num_speculative_tokens) if exhausted else Grow(self.shape.width)
-        curve = self.costs.curve(self.shape.num_speculative_tokens + 1)
+        curve = self.costs.target_share(self.shape.num_speculative_tokens)
         live = -np.sort(-tree.path_scores[tree.slots])
         if self._steps < self.shape.depth and self._growth_pays(tree, live, curve):
             return Grow(self.shape.width)
         return Verify(best_budget(live, curve, self._spent))
 
     def observe_growth(self, rows: int, seconds: float) -> None:
-        """One draft step computed so many rows in this time."""
+        """One draft step computed so many rows for this request, whose share of its time is this."""
         self._steps += 1
-        # A step that also takes in the prompt says nothing about the next ones.
+        # What took in the text would have been paid for sooner or later: it speaks against no tree.
         if rows <= self.shape.width:
-            self.costs.observe_draft_step(seconds)
             self._spent += seconds
 
     def observe_verdict(self, verdict: Verdict, parents_with_children: int, expected: float) -> None:
@@ -65,10 +64,10 @@ class SerialPipeline:
 
     def _growth_pays(self, tree: LivingTree, live: FloatArray, curve: FloatArray) -> bool:
         frontier = tree.frontier(self.shape.width)
-        if not len(frontier):
+        if not len(frontier) or len(curve) == 1:
             return False
         scores = np.where(frontier < 0, 1.0, tree.path_scores[frontier])
-        draft_seconds = self.costs.draft_seconds or 0.0
+        draft_seconds = self.costs.draft_share(len(frontier))
         per_row = float(curve[-1] - curve[0]) / (len(curve) - 1)
         rate = best_rate(live, curve, self._spent)
         return worth_growing(scores, self.costs.hit_probability, draft_seconds + per_row, rate)

@@ -61,15 +61,15 @@ class TreeYield:
         self._expected += LEARNING_RATE * (expected - self._expected)
         self._accepted += LEARNING_RATE * (accepted - self._accepted)
 
-    def forget_a_little(self) -> None:
+    def forget_a_little(self, share: float = FORGETTING) -> None:
         """After a step without drafting: what made it unattractive may have changed."""
-        self._promised += FORGETTING * (self._prior - self._promised)
-        self.forgive_a_little()
+        self._promised += share * (self._prior - self._promised)
+        self.forgive_a_little(share)
 
-    def forgive_a_little(self) -> None:
+    def forgive_a_little(self, share: float = FORGETTING) -> None:
         """After a step that verified nothing, by which no credit can be earned."""
-        self._expected += FORGETTING * (1.0 - self._expected)
-        self._accepted += FORGETTING * (1.0 - self._accepted)
+        self._expected += share * (1.0 - self._expected)
+        self._accepted += share * (1.0 - self._accepted)
 
 
 def births(tree: LivingTree, slots: IntArray, width: int, steps: int) -> IntArray:

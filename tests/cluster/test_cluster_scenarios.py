@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
+from forwards import opened
 from instruments.processes import complete
+from instruments.ragged_checks import kv
 
 from outrider import LLM, SamplingParams
 from outrider.actors.transport import Received
@@ -118,10 +120,8 @@ def test_kv_after_every_commit_is_that_of_a_fresh_prefill(
                 if run.finished:
                     break  # the last step's nodes are cached beyond the end of the text
                 sequence = run._sequence
-                fresh = runner.open(len(text))
-                runner.prefill(fresh, np.array(text[: sequence.length]))
-                pool = runner.cache.pool
-                mine, other = (pool[:, each.base : each.base + sequence.length] for each in (sequence, fresh))
+                fresh = opened(runner, np.array(text[: sequence.length]))
+                mine, other = (kv(runner, each) for each in (sequence, fresh))
                 assert mine.equal(other)
                 fresh.close()
             assert run.stats.num_accepted_tokens > 0

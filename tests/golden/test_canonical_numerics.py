@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forwards import bushy_tree, chunked_logits, make_runner, random_ids, verify
+from forwards import bushy_tree, chunked_logits, make_runner, opened, random_ids, verify
 
 from outrider.kernels.native import library
 from outrider.models.numerics import MAX_ROWS, Numerics
@@ -73,8 +73,7 @@ def test_every_way_to_a_row_gives_its_bits(
     # Roots before, at and after the boundaries of prefixes and of their 64-key tails.
     for root in (0, 1, 30, 31, 32, 62, 63, 64, 95, 96, 127, 150, 286):
         for depth, junk in ((1, 3), (5, 2), (20, 2), (31, 1), (32, 0)):
-            sequence = runner.open(runner.max_model_len)
-            runner.prefill(sequence, ids[:root])
+            sequence = opened(runner, ids[:root])
             tree, path = bushy_tree(ids[root + 1 : root + 1 + depth], junk)
             logits = verify(runner, sequence, int(ids[root]), tree)
             rows = [0, *(node + 1 for node in path)]
@@ -88,7 +87,7 @@ def test_rows_after_commits_are_those_of_plain_decoding(dtype: torch.dtype, make
     runner = make_runner(make_model_folder("llama", **ODD), dtype, num_sequences=2)
     ids = random_ids(LENGTH)
     plain, plain_sequence = chunked_logits(runner, ids, [1] * LENGTH)
-    sequence = runner.open(runner.max_model_len)
+    sequence = opened(runner, ids[:0])
     rng = np.random.default_rng(1)
     root = 0
     while root + 12 < LENGTH:
@@ -100,8 +99,8 @@ def test_rows_after_commits_are_those_of_plain_decoding(dtype: torch.dtype, make
         root += 1 + len(accepted)
         assert sequence.length == root
     pool = runner.cache.pool
-    ours = pool[:, sequence.base : sequence.base + root]
-    theirs = pool[:, plain_sequence.base : plain_sequence.base + root]
+    ours = pool[:, sequence.slots(0, root)]
+    theirs = pool[:, plain_sequence.slots(0, root)]
     assert torch.equal(ours, theirs), "KV after commits"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forwards import opened
 from instruments.drafters import tokens_to
 from instruments.model_checks import (
     CONTEXT,
@@ -22,10 +23,9 @@ from instruments.model_checks import (
     model_engine,
 )
 
-from outrider.actors.draft_engine import TREE_CAPACITY
 from outrider.actors.drafting import DraftSession
 from outrider.actors.target_engine import TargetEngine
-from outrider.models.batch import prefill_rows
+from outrider.models.batch import text_rows
 from outrider.models.numerics import Numerics
 from outrider.speculation.living_tree import LivingTree
 from outrider.speculation.request import Request
@@ -96,14 +96,14 @@ def test_any_length_is_exact_on_a_network(folder: Path, max_tokens: int) -> None
 def test_a_draft_session_is_what_a_fresh_one_would_be(
     folder: Path, name: str, extra: dict[str, Any], prompt_length: int
 ) -> None:
-    runner = AuditedRunner(decoder(folder, torch.float32), max_nodes=TREE_CAPACITY)
+    runner = AuditedRunner(decoder(folder, torch.float32))
     params = SamplingParams(max_tokens=99, **PARAMETERS[name], **extra)
     assert check_draft_session(runner, params, prompt_length) > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_a_draft_session_in_other_dtypes(folder: Path, dtype: torch.dtype) -> None:
-    runner = AuditedRunner(decoder(folder, dtype), max_nodes=TREE_CAPACITY)
+    runner = AuditedRunner(decoder(folder, dtype))
     assert check_draft_session(runner, SamplingParams(max_tokens=99, **PARAMETERS["seeded"]), 30) > 0
 
 
@@ -114,7 +114,7 @@ def test_nothing_leaks_from_requests_closed_half_way(folder: Path) -> None:
 def test_output_fills_the_context_of_target_and_of_a_shorter_draft(folder: Path) -> None:
     runner = AuditedRunner(decoder(folder, torch.float32))
     short = decoder(folder, torch.float32, context=CONTEXT - 9)
-    draft = AuditedRunner(short, max_nodes=TREE_CAPACITY)
+    draft = AuditedRunner(short)
     prompt = np.arange(1, CONTEXT - 17)
     request = Request(prompt_ids=prompt, params=SamplingParams(seed=1, max_tokens=99, ignore_eos=True))
     plain = tokens_of(model_engine(runner, None), request)
@@ -133,15 +133,16 @@ def tokens_of(engine: TargetEngine, request: Request) -> list[int]:
 @pytest.mark.parametrize("capacity", [4, 9, 30])
 def test_nodes_that_push_out_their_parents_siblings_still_grow(folder: Path, capacity: int) -> None:
     """A step's children may take the slots of nodes of that very step; they must not inherit their state."""
-    runner = AuditedRunner(decoder(folder, torch.float32), max_nodes=TREE_CAPACITY)
+    runner = AuditedRunner(decoder(folder, torch.float32))
     for seed in range(6):
         request = Request(prompt_ids=np.arange(1, 9), params=SamplingParams(seed=seed, max_tokens=9))
-        session = draft_engine(runner, children=4).open(request, SpeculationStatistics())
+        drafting = draft_engine(runner, children=4)
+        session = drafting.open(request, SpeculationStatistics())
         tree = session.tree = LivingTree(Law.COUPLED, capacity)
         computed: set[tuple[int, ...]] = set()
         for _ in range(5):
             computed |= {tuple(tokens_to(tree, slot)) for slot in tree.frontier(6).tolist()}
-            session.grow(6)
+            drafting.grow([session], 6)
             waiting = [slot for slot in tree.slots.tolist() if tuple(tokens_to(tree, slot)) not in computed]
             assert set(waiting) <= set(tree.frontier(capacity).tolist())
         session.close()
@@ -153,8 +154,8 @@ def test_logits_do_not_depend_on_how_many_are_wanted(folder: Path, dtype: torch.
     runner = AuditedRunner(decoder(folder, dtype))
     ids = np.random.default_rng(0).integers(1, VOCAB, 20)
     for count in range(1, 20):
-        sequence = runner.open(CONTEXT)
-        rows = prefill_rows(sequence, ids[:count], first_logit_row=0)
+        sequence = opened(runner, ids[:0])
+        rows = text_rows(sequence, ids[:count], first_logit_row=0)
         every = runner.forward([rows])
         for first in range(count):
             assert torch.equal(runner.forward([replace(rows, first_logit_row=first)]), every[first:])
@@ -168,6 +169,6 @@ def test_a_request_that_cannot_start_leaves_nothing_behind(folder: Path) -> None
 
     runner = AuditedRunner(decoder(folder, torch.float32))
     request = Request(prompt_ids=np.arange(1, 9), params=SamplingParams(seed=1))
-    with pytest.raises(MemoryError):
-        model_engine(runner, Broken()).start(request)
+    with pytest.raises(MemoryError), model_engine(runner, Broken()).start(request) as run:
+        run.step()
     runner.cache.check_idle()

@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forwards import bushy_tree, make_runner, random_ids, verify
-from instruments.ragged_checks import MAX_SEQUENCES, check_ragged_forwards, opened
+from forwards import bushy_tree, make_runner, opened, random_ids, verify
+from instruments.ragged_checks import MAX_SEQUENCES, check_ragged_forwards
 
 from outrider.actors.model_runner import ModelRunner
 from outrider.actors.runner import TreeQuery
-from outrider.models.batch import prefill_rows
+from outrider.models.batch import text_rows
 from outrider.models.numerics import MAX_ROWS, Numerics
 from outrider.speculation.tree import DraftTree
 
@@ -43,12 +43,13 @@ def test_verify_answers_every_query(make_model_folder: Any) -> None:
     runner = runner_for(make_model_folder("llama"), torch.float32)
     trees = [bushy_tree(random_ids(4), junk=2)[0], DraftTree.empty(), bushy_tree(random_ids(7), junk=0)[0]]
     queries = [
-        TreeQuery(sequence=opened(runner, random_ids(length)), root=7, tree=tree)
+        TreeQuery(sequence=opened(runner, random_ids(length)), tokens=np.array([7]), tree=tree)
         for length, tree in zip((40, 3, 70), trees, strict=True)
     ]
     alone = []
     for query in queries:
-        alone.append(verify(runner, query.sequence, query.root, query.tree))
+        assert query.tree is not None
+        alone.append(verify(runner, query.sequence, int(query.tokens[0]), query.tree))
         query.sequence.length -= 1
     together = runner.verify(queries)
     for mine, theirs in zip(together, alone, strict=True):
@@ -60,7 +61,7 @@ def test_more_rows_than_a_forward_takes_are_refused(make_model_folder: Any) -> N
     runner = runner_for(make_model_folder("llama"), torch.float32)
     counts = (MAX_ROWS - 3, 4)
     parts = [
-        prefill_rows(opened(runner, np.zeros(0, np.int64)), random_ids(count), first_logit_row=count)
+        text_rows(opened(runner, np.zeros(0, np.int64)), random_ids(count), first_logit_row=count)
         for count in counts
     ]
     with pytest.raises(AssertionError, match="65 rows"):

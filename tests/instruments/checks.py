@@ -234,7 +234,7 @@ def check_closing() -> None:
                 run.step()
         assert run.finished
         assert all(sequence.closed for sequence in lm.sequences)
-        assert [session.closed for session in drafting.sessions] == [True]
+        assert [session.closed for session in drafting.sessions] == [True] * min(1, steps)
 
 
 def request_of(prompt: Sequence[int], params: SamplingParams) -> "drafters.Request":

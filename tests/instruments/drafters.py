@@ -91,7 +91,14 @@ class GrowingSession(ScriptedSession):
         return width
 
 
-class Scripted:
+class EachGrows:
+    """Sessions that grow one by one."""
+
+    def grow(self, sessions: Sequence[ScriptedSession], width: int) -> list[int]:
+        return [session.grow(width) for session in sessions]
+
+
+class Scripted(EachGrows):
     """A ``DraftEngine`` of scripted sessions; ``sessions`` lists them."""
 
     def __init__(self, propose: Propose) -> None:
@@ -103,14 +110,14 @@ class Scripted:
         return self.sessions[-1]
 
 
-class Growing:
+class Growing(EachGrows):
     """A ``DraftEngine`` of growing sessions."""
 
     def __init__(self, grow: Grow, *, capacity: int = 24) -> None:
-        self.grow, self.capacity = grow, capacity
+        self.by, self.capacity = grow, capacity
 
     def open(self, request: Request, stats: SpeculationStatistics) -> DraftSession:  # noqa: ARG002
-        return GrowingSession(self.grow, request.prompt_ids, self.capacity)
+        return GrowingSession(self.by, request.prompt_ids, self.capacity)
 
 
 def perfect(truth: Sequence[int], length: int) -> Propose:

@@ -102,7 +102,7 @@ def pad_to_batch(rows: Rows, classes: RowClasses, dtype: torch.dtype) -> list[At
             rows=None,
             num_rows=len(prefix),
             padded=classes.attention_rows(len(prefix)),
-            shared=(rows.base, int(prefix.max())),
+            shared=batch._prefix(rows, int(prefix.max())),
             tail_slots=torch.from_numpy(slots.reshape(-1)),
             tail_mask=torch.from_numpy(mask[:, None]).to(dtype),
         )
@@ -150,30 +150,35 @@ def text_seen_short(patch: pytest.MonkeyPatch) -> None:
 
 def _change_keys(patch: pytest.MonkeyPatch, change: Callable[[PathKeys], PathKeys]) -> None:
     original = batch._path_keys
-    patch.setattr(batch, "_path_keys", lambda parts: change(original(parts)))
+    patch.setattr(batch, "_path_keys", lambda parts, window: change(original(parts, window)))
 
 
 def commit_by_depth(patch: pytest.MonkeyPatch) -> None:
-    """Takes the first nodes of the arena for the accepted ones."""
-    original = KVSequence.commit_nodes
-    patch.setattr(KVSequence, "commit_nodes", lambda self, nodes: original(self, np.arange(len(nodes))))
+    """Takes the first nodes' entries, which lie where the text goes on, for the accepted ones'."""
+    original = KVSequence.keep
+
+    def kept(self: KVSequence, sources: IntArray) -> None:
+        original(self, self.slots(self.length, self.length + len(sources)))
+
+    patch.setattr(KVSequence, "keep", kept)
 
 
 def commit_one_too_far(patch: pytest.MonkeyPatch) -> None:
     """Moves the accepted entries one position too far."""
-    original = KVSequence.commit_nodes
+    original = KVSequence.keep
 
-    def moved(self: KVSequence, nodes: IntArray) -> None:
+    def moved(self: KVSequence, sources: IntArray) -> None:
+        assert self.reserve(self.length + 1 + len(sources))
         self.length += 1
-        original(self, nodes)
+        original(self, sources)
         self.length -= 1
 
-    patch.setattr(KVSequence, "commit_nodes", moved)
+    patch.setattr(KVSequence, "keep", moved)
 
 
 def commit_backwards(patch: pytest.MonkeyPatch) -> None:
-    original = KVSequence.commit_nodes
-    patch.setattr(KVSequence, "commit_nodes", lambda self, nodes: original(self, nodes[::-1].copy()))
+    original = KVSequence.keep
+    patch.setattr(KVSequence, "keep", lambda self, sources: original(self, sources[::-1].copy()))
 
 
 def accept_everything(tree: DraftTree, target_tokens: IntArray) -> Verdict:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from outrider.actors.draft_engine import TREE_CAPACITY, ModelDraftEngine
+from outrider.actors.draft_engine import ModelDraftEngine, session_blocks
 from outrider.actors.draft_process import DraftProcess
 from outrider.actors.draft_worker import DraftWorker
 from outrider.actors.grpc_server import Peer
@@ -101,7 +101,8 @@ def serving_worker(
 ) -> Iterator[tuple[str, DraftWorker, DraftProcess]]:
     """Address, worker and its ``DraftProcess``, which runs in a thread of this process."""
     loaded = load_model(str(folder), dtype="auto", numerics=Numerics.FAST, max_model_len=None)
-    runner = ModelRunner(loaded.decoder, max_nodes=TREE_CAPACITY, num_sequences=max_sessions)
+    room = max_sessions * session_blocks(loaded.decoder.max_model_len)
+    runner = ModelRunner(loaded.decoder, num_blocks=room)
     worker = kind(ModelDraftEngine(runner, vocab_size=loaded.vocab_size), clock=time.perf_counter)
     welcome = Welcome(
         protocol_version=PROTOCOL_VERSION,

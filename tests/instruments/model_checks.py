@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from forwards import verify
+from forwards import opened, verify
 
 from instruments import drafters
 from instruments.checks import paths_of
@@ -14,10 +14,10 @@ from instruments.serving import EOS, Letters, Outcome, serve
 from instruments.table_lm import race_noise
 from outrider.actors.draft_engine import (
     MIN_SCORE,
-    TREE_CAPACITY,
     LocalModelDrafting,
     ModelDraftEngine,
     ModelDraftSession,
+    session_blocks,
 )
 from outrider.actors.drafting import DraftEngine
 from outrider.actors.model_runner import ModelRunner
@@ -62,27 +62,24 @@ class AuditedRunner(ModelRunner):
     tolerance: 0 means bitwise. num_audits: comparisons that were made.
     """
 
-    def __init__(self, network: Decoder, *, max_nodes: int = MAX_NODES, tolerance: float = 0.0) -> None:
-        super().__init__(network, max_nodes=max_nodes, num_sequences=4)
+    def __init__(self, network: Decoder, *, tolerance: float = 0.0) -> None:
+        super().__init__(network, num_blocks=4 * session_blocks(network.max_model_len))
         self.tolerance, self.num_audits = tolerance, 0
-        self.opened: list[KVSequence] = []
         self._texts: dict[KVSequence, list[int]] = {}
         self._fresh: dict[tuple[object, ...], torch.Tensor] = {}
         self._trees: dict[KVSequence, DraftTree] = {}
 
-    def open(self, max_tokens: int) -> KVSequence:
-        self.opened.append(super().open(max_tokens))
-        return self.opened[-1]
-
-    def prefill(self, sequence: KVSequence, tokens: IntArray) -> None:
-        super().prefill(sequence, tokens)
-        self._texts[sequence] = self._texts.get(sequence, []) + tokens.tolist()
+    def open(self, text: IntArray, like: tuple[KVSequence, int] | None = None) -> KVSequence | None:
+        sequence = super().open(text, like)
+        if sequence is not None:
+            self._texts[sequence] = text[: sequence.length].tolist()
+        return sequence
 
     def verify(self, queries: Sequence[TreeQuery[KVSequence]]) -> list[torch.Tensor]:
         logits = super().verify(queries)
         for query in queries:
-            self._texts[query.sequence].append(query.root)
-            self._trees[query.sequence] = query.tree
+            self._texts.setdefault(query.sequence, []).extend(query.tokens.tolist())
+            self._trees[query.sequence] = query.tree or DraftTree.empty()
         return logits
 
     def accept(self, sequence: KVSequence, nodes: IntArray) -> None:
@@ -92,7 +89,7 @@ class AuditedRunner(ModelRunner):
         self.num_audits += 1
 
     def kv(self, sequence: KVSequence) -> torch.Tensor:
-        return self.cache.pool[:, sequence.base : sequence.base + sequence.length]
+        return self.cache.pool[:, sequence.slots(0, sequence.length)]
 
     def fresh_kv(self, text: Sequence[int]) -> torch.Tensor:
         """KV of a text that nothing but a prefill has computed."""
@@ -108,17 +105,14 @@ class AuditedRunner(ModelRunner):
         return self._fresh[key]
 
     def _prefilled(self, text: Sequence[int]) -> torch.Tensor:
-        sequence = super().open(len(text))
-        super().prefill(sequence, np.array(text, np.int64))
-        kv = self.kv(sequence).clone()
+        sequence = opened(self, np.array(text, np.int64))
+        kv = self.kv(sequence)
         sequence.close()
         return kv
 
     def _last_logits(self, text: Sequence[int]) -> torch.Tensor:
-        sequence = super().open(len(text))
-        super().prefill(sequence, np.array(text[:-1], np.int64))
-        query = TreeQuery(sequence=sequence, root=text[-1], tree=DraftTree.empty())
-        (logits,) = super().verify([query])
+        sequence = opened(self, np.array(text[:-1], np.int64))
+        logits = verify(self, sequence, text[-1], DraftTree.empty())
         sequence.close()
         return logits[0]
 
@@ -132,8 +126,7 @@ def check_kv_after_commits(runner: AuditedRunner) -> None:
     """KV after every commit equals a fresh prefill: no, some and all nodes of a path, at odd indices."""
     rng = np.random.default_rng(0)
     for length in ROOTS:
-        sequence = runner.open(CONTEXT)
-        runner.prefill(sequence, rng.integers(1, VOCAB, length))
+        sequence = opened(runner, rng.integers(1, VOCAB, length))
         for count in (0, 3, 5, 1, 0):
             right = rng.integers(1, VOCAB, 5).tolist()
             tree = drafters.grafted(drafters.chain(right), drafters.junk(11, VOCAB, length)([]), rng)
@@ -161,8 +154,7 @@ def check_rows_are_paths(runner: AuditedRunner) -> None:
         tree = twins_and_cousins(rng)
         shuffled = drafters.permuted(tree, rng)
         for each in (tree, shuffled):
-            sequence = runner.open(CONTEXT)
-            runner.prefill(sequence, np.array(text[:-1], np.int64))
+            sequence = opened(runner, np.array(text[:-1], np.int64))
             logits = verify(runner, sequence, text[-1], each)
             sequence.close()
             runner.require_equal(logits[0], runner.fresh_logits(text))
@@ -211,7 +203,7 @@ def check_model_identity(
         "perfect": drafters.Scripted(drafters.perfect(truth, 7)),
         "wrong": drafters.Scripted(drafters.always_wrong(truth, 7, VOCAB)),
         "partly right": drafters.Scripted(drafters.partly_right(truth, 4, 16, VOCAB, 3)),
-        "twin": draft_engine(AuditedRunner(decoder(folder, dtype), max_nodes=TREE_CAPACITY)),
+        "twin": draft_engine(AuditedRunner(decoder(folder, dtype))),
     }
     outcomes = {}
     for name, drafting in engines.items():
@@ -235,17 +227,17 @@ def check_draft_session(runner: AuditedRunner, params: SamplingParams, prompt_le
     """
     rng = np.random.default_rng(prompt_length)
     prompt = rng.integers(1, VOCAB, prompt_length)
-    session = draft_engine(runner).open(Request(prompt_ids=prompt, params=params), SpeculationStatistics())
-    sequence = runner.opened[-1]
+    drafting = draft_engine(runner)
+    session = drafting.open(Request(prompt_ids=prompt, params=params), SpeculationStatistics())
     text, survivors = prompt.tolist(), 0
     for _ in range(14):
         for _ in range(int(rng.integers(0, 6))):
-            session.grow(int(rng.integers(1, 4)))
-        require_fresh(runner, session, sequence, text, prompt_length, params)
+            drafting.grow([session], int(rng.integers(1, 4)))
+        require_fresh(runner, session, text, prompt_length, params)
         tokens = some_commit(session.tree, rng)
         session.commit(np.array(tokens, np.int64))
         text += tokens
-        require_fresh(runner, session, sequence, text, prompt_length, params)
+        require_fresh(runner, session, text, prompt_length, params)
         survivors += len(parents_in(session.tree))
     session.close()
     runner.cache.check_idle()
@@ -268,12 +260,11 @@ def parents_in(tree: LivingTree) -> list[int]:
 def require_fresh(
     runner: AuditedRunner,
     session: ModelDraftSession,
-    sequence: KVSequence,
     text: list[int],
     prompt_length: int,
     params: SamplingParams,
 ) -> None:
-    tree = session.tree
+    tree, sequence = session.tree, session._sequence
     if not len(tree):
         assert sequence.length <= len(text)
         runner.require_equal(runner.kv(sequence), runner.fresh_kv(text[: sequence.length]))
@@ -282,7 +273,7 @@ def require_fresh(
     for slot in [ROOT, *parents_in(tree)]:
         path = drafters.tokens_to(tree, slot)
         if path:
-            entry = runner.cache.pool[:, sequence.node_base + slot]
+            entry = runner.cache.pool[:, session._nodes.slots[slot]]
             runner.require_equal(entry, runner.fresh_kv([*text, *path])[:, -1])
         children = tree.tokens[tree.slots[tree.parents[tree.slots] == slot]]
         expected = best_children(runner, [*text, *path], prompt_length, params)
@@ -305,7 +296,7 @@ def best_children(
 
 def check_idle_after_closing(target: AuditedRunner) -> None:
     """Requests closed after any number of steps leave no block behind, at the target or at the drafter."""
-    draft = AuditedRunner(target.decoder, max_nodes=TREE_CAPACITY)
+    draft = AuditedRunner(target.decoder)
     request = Request(prompt_ids=np.arange(1, 60), params=SamplingParams(seed=1, max_tokens=30))
     for steps in range(4):
         for drafting in (draft_engine(draft), drafters.Scripted(drafters.junk(12, VOCAB, 0))):

@@ -60,7 +60,7 @@ void check_rows(const Path& path, size_t size, double tolerance) {
 template <class T>
 void check_attention(const Path& path, size_t H, size_t G, size_t D, bool normed) {
     const size_t block = 4, slots = 64;
-    const std::vector<int64_t> lengths{1, 3, 4, 5, 17, 24};
+    const std::vector<int64_t> lengths{1, 3, 4, 5, 17, 24}, firsts{0, 2, 0, 4, 7, 24};
     const size_t rows = lengths.size();
     auto projected = random<T>(rows * (H + 2 * G) * D);
     auto turns = random<float>(rows * 2 * D), norm = random<float>((H + G) * D), pool = random<float>(slots * 2 * G * D);
@@ -75,7 +75,7 @@ void check_attention(const Path& path, size_t H, size_t G, size_t D, bool normed
     a.rows = rows, a.heads = H, a.kv_heads = G, a.dim = D, a.block = block, a.eps = 1e-5f;
     a.projected = projected.data(), a.turns = turns.data(), a.norm = normed ? norm.data() : nullptr;
     a.slots = own.data(), a.pool = pool.data(), a.tables = table.data(), a.table_starts = starts.data();
-    a.seen = lengths.data(), a.nodes = nodes.data(), a.node_starts = node_starts.data(), a.out = out.data();
+    a.first = firsts.data(), a.seen = lengths.data(), a.nodes = nodes.data(), a.node_starts = node_starts.data(), a.out = out.data();
     attention<T>(path, a, 2);
     for (size_t row = 0; row < rows; row++)
         for (size_t h = 0; h < H; h++) {
@@ -92,8 +92,9 @@ void check_attention(const Path& path, size_t H, size_t G, size_t D, bool normed
                 query[i] = real;
             }
             auto key = [&](size_t j) {
-                size_t seen = static_cast<size_t>(lengths[row]);
-                size_t slot = static_cast<size_t>(j < seen ? table[j / block] * 4 + static_cast<int64_t>(j % block)
+                size_t first = static_cast<size_t>(firsts[row]), seen = static_cast<size_t>(lengths[row]) - first;
+                size_t p = first + j;
+                size_t slot = static_cast<size_t>(j < seen ? table[p / block] * 4 + static_cast<int64_t>(p % block)
                                                            : nodes[2 * row + j - seen]);
                 return pool.data() + (slot * 2 * G + h / (H / G)) * D;
             };

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from forwards import opened
 
 from outrider.actors.model_runner import ModelRunner
-from outrider.models.batch import Rows, prefill_rows, tree_rows
+from outrider.models.batch import Rows, text_rows, tree_rows
 from outrider.models.kv_cache import TRASH_SLOT, KVSequence
 from outrider.models.numerics import MAX_ROWS
 from outrider.speculation.tree import ROOT, DraftTree, Law
@@ -38,9 +39,9 @@ class Work:
 
     def rows(self, sequence: KVSequence) -> Rows:
         if self.tree is None:
-            return prefill_rows(sequence, self.tokens, first_logit_row=self.first_logit_row)
+            return text_rows(sequence, self.tokens, first_logit_row=self.first_logit_row)
         tree = self.tree
-        return tree_rows(sequence, int(self.tokens[0]), tree.tokens, tree.depths, tree.ancestor_mask)
+        return tree_rows(sequence, self.tokens[:1], tree.tokens, tree.depths, tree.ancestor_mask)
 
     def commit(self, runner: ModelRunner, sequence: KVSequence) -> IntArray:
         """Makes the rows part of the sequence; its text after that."""
@@ -118,15 +119,9 @@ def check_one_forward(
         sequence.close()
 
 
-def opened(runner: ModelRunner, text: IntArray) -> KVSequence:
-    """A sequence with ``text`` cached and room for a forward's rows."""
-    sequence = runner.open(len(text) + MAX_ROWS)
-    runner.prefill(sequence, text)
-    return sequence
-
-
 def kv(runner: ModelRunner, sequence: KVSequence) -> torch.Tensor:
-    return runner.cache.pool[:, sequence.base : sequence.base + sequence.length]
+    """What the pool holds of a sequence's text, in the order of positions."""
+    return runner.cache.pool[:, sequence.slots(0, sequence.length)]
 
 
 def without_trash(pool: torch.Tensor) -> torch.Tensor:

@@ -76,11 +76,11 @@ class TimedTable(TableLM):
         self.trees: list[DraftTree] = []
 
     def verify(self, queries: Sequence[TreeQuery[TableSequence]]) -> list[torch.Tensor]:
-        rows = sum(len(query.tree) + 1 for query in queries)
+        rows = sum(query.num_rows for query in queries)
         took = self._pace.target + self._pace.row * (rows - 1)
         self._world.advance(took)
         self.seconds += took
-        self.trees += [query.tree for query in queries]
+        self.trees += [query.tree for query in queries if query.tree is not None]
         return super().verify(queries)
 
 
@@ -153,15 +153,19 @@ class Target:
     def start(self, prompt: Sequence[int], params: SamplingParams, **request: Any) -> Finished:
         """Admits a request; ``step`` runs it."""
         ids = np.array(prompt, np.int64)
-        return Finished(self.engine.start(Request(prompt_ids=ids, params=params, **request)))
+        run = self.engine.start(Request(prompt_ids=ids, params=params, **request))
+        assert run.enter()
+        return Finished(run)
 
     def step(self, running: Sequence[Finished]) -> None:
         """One step of all these requests; each must commit something, none may stall."""
         began, spent = self.world.now, self.lm.seconds
+        assert all(each.run.make_room() for each in running)
         outputs = self.engine.step([each.run for each in running])
         self.stalls.append(self.world.now - began - (self.lm.seconds - spent))
         assert self.stalls[-1] <= MAX_STALL + 1e-9, f"a step was held back for {self.stalls[-1]} s"
         for each, output in zip(running, outputs, strict=True):
+            assert output is not None
             assert output.token_ids, "a target forward committed nothing"
             each.steps.append(output)
             each.times.append(self.world.now)

@@ -35,21 +35,33 @@ class TableSequence:
     """One request's cache: entries of committed positions, and of the last tree's nodes."""
 
     owner: "TableLM"
-    max_tokens: int
     entries: list[Entry] = field(default_factory=list)
     nodes: list[Entry] = field(default_factory=list)
     closed: bool = False
+    room: int = 0
+    length: int = 0
+
+    def reserve(self, positions: int) -> bool:
+        if positions > self.room and self.owner.free < positions - self.room:
+            return False
+        self.room = max(self.room, positions)
+        return True
+
+    def publish(self, tokens: IntArray) -> None:
+        assert [entry.token for entry in self.entries[: len(tokens)]] == tokens[: len(self.entries)].tolist()
 
     def append(self, entry: Entry) -> None:
         assert not self.closed, "a closed sequence was written to"
         self.entries.append(entry)
-        assert len(self.entries) <= self.max_tokens, "the sequence has outgrown its room"
+        self.length = len(self.entries)
+        assert len(self.entries) <= self.room, "the sequence has outgrown its room"
 
     def digest(self) -> int:
         return read(self.entries, 0)
 
     def close(self) -> None:
         self.closed = True
+        self.room = 0
 
 
 def read(entries: list[Entry], past: int) -> int:
@@ -68,6 +80,8 @@ class TableLM:
     """
 
     max_model_len = 200
+    memory = 10**9
+    """Positions that all sequences have together."""
 
     def __init__(self, logits: FloatArray) -> None:
         self.logits, self.vocab_size, self.order = logits, logits.shape[-1], logits.ndim - 1
@@ -84,21 +98,37 @@ class TableLM:
         """Token t is followed by ``successors[t]``, by far."""
         return cls(8.0 * np.eye(len(successors))[successors])
 
-    def open(self, max_tokens: int) -> TableSequence:
-        self.sequences.append(TableSequence(self, max_tokens))
-        return self.sequences[-1]
+    @property
+    def free(self) -> int:
+        return self.memory - sum(sequence.room for sequence in self.sequences)
 
-    def prefill(self, sequence: TableSequence, tokens: IntArray) -> None:
-        for token in tokens.tolist():
-            sequence.append(Entry(token, sequence.digest()))
+    def open(self, text: IntArray, like: tuple[TableSequence, int] | None = None) -> TableSequence | None:
+        sequence = TableSequence(self)
+        if not sequence.reserve(len(text)):
+            return None
+        if like is not None:
+            other, shared = like
+            assert [entry.token for entry in other.entries[:shared]] == text[:shared].tolist()
+            sequence.entries = other.entries[: min(shared, len(text) - 1)]
+            sequence.length = len(sequence.entries)
+        self.sequences.append(sequence)
+        return sequence
 
     def verify(self, queries: Sequence[TreeQuery[TableSequence]]) -> list[torch.Tensor]:
         self.forwards += 1
-        return [self._answer(query.sequence, query.root, query.tree) for query in queries]
+        for query in queries:
+            for token in query.tokens.tolist():
+                query.sequence.append(Entry(token, query.sequence.digest()))
+        return [
+            torch.zeros(0, self.vocab_size + 1)
+            if query.tree is None
+            else self._answer(query.sequence, query.tree)
+            for query in queries
+        ]
 
-    def _answer(self, sequence: TableSequence, root: int, tree: DraftTree) -> torch.Tensor:
+    def _answer(self, sequence: TableSequence, tree: DraftTree) -> torch.Tensor:
         self.rows += len(tree) + 1
-        sequence.append(Entry(root, sequence.digest()))
+        assert len(sequence.entries) + len(tree) <= sequence.room, "the tree has outgrown its room"
         digest = sequence.digest()
         sequence.nodes = []
         for token, parent in zip(tree.tokens.tolist(), tree.parent_indices.tolist(), strict=True):

@@ -22,6 +22,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"target": {"dtype": "int4"}}, "target.dtype should be 'auto', 'bfloat16', 'float32' or 'float64'"),
     ({"target": {"numerics": "x"}}, "target.numerics should be 'canonical' or 'fast', not 'x'"),
     ({"target": {"max_model_len": 0}}, "target.max_model_len should be greater"),
+    (
+        {"target": {"kv_cache_memory": "much"}},
+        "target.kv_cache_memory must be bytes or a size such as 4GiB, not 'much'",
+    ),
     ({"target": {"max_num_seqs": 65}}, "target.max_num_seqs should be less than or equal to 64, not 65"),
     ({"target": {"num_cpus": "2"}}, "target.num_cpus should be a valid number, not '2'"),
     ({"target": {"num_gpus": -1}}, "target.num_gpus should be greater"),

@@ -1,49 +1,64 @@
-"""Who owns which block of the KV pool."""
+"""Who owns which block of the KV pool, and what lies in it."""
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from outrider.models.kv_cache import BLOCK, NULL_SLOT, KVCache, KVSequence, blocks_for
+from outrider.models.block_pool import BLOCK, BlockPool, blocks_for, next_key
+from outrider.models.kv_cache import NULL_SLOT, IntArray, KVCache, KVSequence, NodeArena
 from outrider.speculation.errors import OutOfBlocksError
 
 
-def make_cache(blocks: int) -> KVCache:
-    return KVCache(layers=2, kv_heads=1, head_dim=4, num_blocks=blocks, dtype=torch.float32)
+def make_cache(blocks: int, numerics: str = "") -> KVCache:
+    return KVCache(
+        layers=2, kv_heads=1, head_dim=4, num_blocks=blocks, dtype=torch.float32, numerics=numerics
+    )
 
 
-def test_runs_are_consecutive_disjoint_and_never_the_null_block() -> None:
-    cache = make_cache(10)
-    first, second = cache.allocate(4), cache.allocate(6)
+def write(cache: KVCache, sequence: KVSequence, text: IntArray) -> None:
+    """Caches the rest of ``text``: each entry holds its token."""
+    start = sequence.length
+    assert sequence.reserve(len(text))
+    slots = torch.from_numpy(sequence.slots(start, len(text)))
+    cache.pool[:, slots] = torch.from_numpy(text[start:]).float()[None, :, None, None, None]
+    sequence.length = len(text)
+    sequence.publish(text)
+
+
+def entries(cache: KVCache, sequence: KVSequence) -> list[int]:
+    held: list[int] = cache.pool[1, sequence.slots(0, sequence.length), 1, 0, 0].int().tolist()
+    return held
+
+
+def test_blocks_are_disjoint_and_never_the_null_block() -> None:
+    pool = BlockPool(10)
+    first, second = pool.allocate(4), pool.allocate(6)
     assert first is not None
     assert second is not None
     assert sorted([*first, *second]) == list(range(1, 11))
-    assert cache.allocate(1) is None
-
-
-def test_a_freed_gap_is_used_again_only_if_it_is_long_enough() -> None:
-    cache = make_cache(10)
-    runs = [cache.allocate(2) for _ in range(5)]
-    cache.free(runs[1])
-    cache.free(runs[3])
-    assert cache.num_free_blocks == 4
-    assert cache.allocate(3) is None
-    assert cache.allocate(2) == runs[1]
+    assert pool.allocate(1) is None
+    assert pool.allocate(0) == []
 
 
 def test_freeing_twice_is_noticed() -> None:
-    cache = make_cache(3)
-    run = cache.allocate(2)
-    cache.free(run)
+    pool = BlockPool(3)
+    blocks = pool.allocate(2)
+    assert blocks is not None
+    pool.release(blocks)
     with pytest.raises(AssertionError, match="free already"):
-        cache.free(run)
+        pool.release(blocks)
 
 
 def test_a_leak_and_a_write_to_the_null_slot_are_noticed() -> None:
     cache = make_cache(4)
-    sequence = KVSequence(cache, max_tokens=BLOCK, max_nodes=3)
+    sequence = KVSequence(cache)
+    assert sequence.reserve(BLOCK + 1)
     with pytest.raises(AssertionError, match="2 KV blocks leaked"):
         cache.check_idle()
+    cache.check([sequence.blocks])
     sequence.close()
     cache.check_idle()
     cache.pool[1, NULL_SLOT, 0, 0, 0] = 1
@@ -51,27 +66,199 @@ def test_a_leak_and_a_write_to_the_null_slot_are_noticed() -> None:
         cache.check_idle()
 
 
-def test_a_sequence_that_does_not_fit_says_so() -> None:
-    with pytest.raises(OutOfBlocksError, match=r"97 tokens and 3 nodes .* 4 blocks"):
-        KVSequence(make_cache(4), max_tokens=3 * BLOCK + 1, max_nodes=3)
+def test_what_does_not_fit_takes_nothing() -> None:
+    cache = make_cache(4)
+    sequence = KVSequence(cache)
+    assert sequence.reserve(BLOCK)
+    assert not sequence.reserve(5 * BLOCK)
+    assert (sequence.room, cache.blocks.num_free) == (BLOCK, 3)
+    with pytest.raises(OutOfBlocksError, match="97 nodes do not fit: 3 blocks"):
+        NodeArena(cache, 3 * BLOCK + 1)
+
+
+def test_positions_lie_in_blocks_anywhere() -> None:
+    cache = make_cache(8)
+    one, other = KVSequence(cache), KVSequence(cache)
+    for positions in (10, 33, 70):
+        assert one.reserve(positions)
+        assert other.reserve(positions)
+    slots = one.slots(0, 70)
+    assert len({*slots.tolist(), *other.slots(0, 70).tolist()}) == 140
+    assert (slots // BLOCK).tolist() == [one.blocks[position // BLOCK] for position in range(70)]
+    assert (slots % BLOCK).tolist() == [position % BLOCK for position in range(70)]
+    assert one.slots(31, 34).tolist() == slots[31:34].tolist()
 
 
 def test_accepted_nodes_move_behind_the_text_in_path_order() -> None:
+    """Over a block's end, and where what is read lies where something else is written."""
     cache = make_cache(8)
-    other = KVSequence(cache, max_tokens=40, max_nodes=5)
-    sequence = KVSequence(cache, max_tokens=70, max_nodes=40)
-    cache.pool[:] = torch.arange(cache.pool.shape[1])[:, None, None, None].to(torch.float32)
-    sequence.length = 30
-    sequence.commit_nodes(np.array([2, 37, 5]))
-    assert sequence.length == 33
-    moved = cache.pool[1, sequence.base + 30 : sequence.base + 33, 1, 0, 0]
-    assert moved.tolist() == [sequence.node_base + node for node in (2, 37, 5)]
-    assert sequence.node_base >= sequence.base + 70
-    assert other.node_base + 5 <= sequence.base
-    sequence.commit_nodes(np.zeros(0, np.int64))
-    assert sequence.length == 33
+    sequence = KVSequence(cache)
+    write(cache, sequence, np.arange(1, 31))
+    assert sequence.reserve(80)
+    nodes = sequence.slots(30, 80)
+    cache.pool[:, nodes] = torch.arange(100, 150).float()[None, :, None, None, None]
+    sequence.keep(nodes[[1, 2, 3, 37]])
+    assert entries(cache, sequence) == [*range(1, 31), 101, 102, 103, 137]
+    sequence.keep(nodes[:0])
+    assert sequence.length == 34
+    sequence.shrink()
+    assert len(sequence.blocks) == 2
+    arena = NodeArena(cache, 40)
+    cache.pool[:, arena.slots[35]] = 7.0
+    sequence.keep(arena.slots[[35]])
+    assert entries(cache, sequence)[-1] == 7
+    arena.close()
+    sequence.close()
+    cache.check_idle()
+
+
+def test_a_text_is_found_again_as_far_as_its_full_blocks_go() -> None:
+    cache = make_cache(8)
+    text = np.arange(1, 81)
+    first = KVSequence(cache)
+    write(cache, first, text)
+    for length, found in ((80, 64), (64, 64), (63, 32), (31, 0)):
+        again = KVSequence(cache)
+        again.adopt(text[:length])
+        assert again.length == found
+        assert entries(cache, again) == text[:found].tolist()
+        again.close()
+    other = text.copy()
+    other[40] = 99
+    again = KVSequence(cache)
+    again.adopt(other)
+    assert again.length == 32
+    again.close()
+    first.close()
+    cache.check_idle()
+    again = KVSequence(cache)
+    again.adopt(text)
+    assert again.length == 64, "what nobody uses is kept until its place is needed"
+
+
+def test_other_numerics_are_another_text() -> None:
+    one = next_key(make_cache(2, "canonical").first_key, np.arange(BLOCK))
+    other = next_key(make_cache(2, "fast").first_key, np.arange(BLOCK))
+    assert one != other
+
+
+def test_published_blocks_make_place_the_longest_unused_and_the_last_of_a_text_first() -> None:
+    cache = make_cache(6)
+    texts = [np.arange(start, start + 2 * BLOCK) for start in (0, 1000, 2000)]
+    for text in texts:
+        sequence = KVSequence(cache)
+        write(cache, sequence, text)
+        sequence.close()
+    assert cache.blocks.num_free == 6
+    filler = KVSequence(cache)
+    assert filler.reserve(3 * BLOCK)
+    lengths = []
+    for text in texts:
+        again = KVSequence(cache)
+        again.adopt(text)
+        lengths.append(again.length)
+        again.close()
+    assert lengths == [0, BLOCK, 2 * BLOCK]
+    filler.close()
+    cache.check_idle()
+
+
+def test_speculative_entries_are_not_published() -> None:
+    cache = make_cache(4)
+    sequence = KVSequence(cache)
+    text = np.arange(1, 2 * BLOCK + 1)
+    write(cache, sequence, text[:BLOCK])
+    assert sequence.reserve(2 * BLOCK)
+    sequence.publish(text)
+    again = KVSequence(cache)
+    again.adopt(text)
+    assert again.length == BLOCK
+
+
+def test_a_fork_shares_full_blocks_and_copies_the_rest() -> None:
+    cache = make_cache(8)
+    text = np.arange(1, 71)
+    parent = KVSequence(cache)
+    write(cache, parent, text)
+    child = parent.fork(69)
+    assert child is not None
+    assert child.blocks[:2] == parent.blocks[:2]
+    assert child.blocks[2] != parent.blocks[2]
+    assert entries(cache, child) == text[:69].tolist()
+    mine = np.append(text[:69], [500, 501])
+    write(cache, child, mine)
+    assert entries(cache, parent) == text.tolist()
+    cache.check([parent.blocks, child.blocks])
+    parent.close()
+    assert entries(cache, child) == mine.tolist()
+    child.close()
+    cache.check_idle()
+
+
+def test_a_fork_without_a_block_for_the_rest_takes_nothing() -> None:
+    cache = make_cache(3)
+    parent = KVSequence(cache)
+    write(cache, parent, np.arange(1, 71))
+    assert parent.fork(70) is None
+    whole = parent.fork(64)
+    assert whole is not None
+    cache.check([parent.blocks, whole.blocks])
 
 
 @pytest.mark.parametrize(("slots", "blocks"), [(0, 0), (1, 1), (BLOCK, 1), (BLOCK + 1, 2)])
 def test_blocks_for(slots: int, blocks: int) -> None:
     assert blocks_for(slots) == blocks
+
+
+class Sequences(RuleBasedStateMachine):
+    """Sequences over a small pool, against their texts as lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = make_cache(9)
+        self.live: list[tuple[KVSequence, list[int]]] = []
+
+    @rule(seed=st.integers(0, 2), length=st.integers(1, 100))
+    def begin(self, seed: int, length: int) -> None:
+        """Few distinct texts, so that many begin alike."""
+        text = np.random.default_rng(seed).integers(1, 50, 100)[:length]
+        sequence = KVSequence(self.cache)
+        sequence.adopt(text)
+        if sequence.reserve(length):
+            write(self.cache, sequence, text)
+            self.live.append((sequence, text.tolist()))
+        else:
+            sequence.close()
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.integers(0, 99), tokens=st.lists(st.integers(1, 50), min_size=1, max_size=40))
+    def go_on(self, which: int, tokens: list[int]) -> None:
+        sequence, text = self.live[which % len(self.live)]
+        if sequence.reserve(len(text) + len(tokens)):
+            text += tokens
+            write(self.cache, sequence, np.array(text))
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.integers(0, 99), length=st.integers(0, 150))
+    def fork(self, which: int, length: int) -> None:
+        sequence, text = self.live[which % len(self.live)]
+        length = min(length, len(text))
+        child = sequence.fork(length)
+        if child is not None:
+            self.live.append((child, text[:length]))
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.integers(0, 99))
+    def end(self, which: int) -> None:
+        sequence, _ = self.live.pop(which % len(self.live))
+        sequence.close()
+
+    @invariant()
+    def everyone_holds_his_own_text(self) -> None:
+        for sequence, text in self.live:
+            assert entries(self.cache, sequence) == text
+        self.cache.check([sequence.blocks for sequence, _ in self.live])
+
+
+TestSequences = Sequences.TestCase
+TestSequences.settings = settings(derandomize=True, deadline=None, max_examples=60, stateful_step_count=30)

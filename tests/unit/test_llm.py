@@ -104,11 +104,12 @@ def test_the_widest_tree_in_the_shortest_context(limits: dict[str, int], folder:
 
 
 def test_a_second_open_request_is_refused_in_our_words(folder: Path) -> None:
-    llm = LLM(str(folder), max_num_seqs=1)
-    first = llm.stream([5, 6], SamplingParams(temperature=0, max_tokens=500, ignore_eos=True))
-    next(first)
-    with pytest.raises(OutOfBlocksError, match="blocks"):
-        llm.generate([5, 6], SamplingParams(temperature=0, max_tokens=500))
+    llm = LLM(str(folder), max_num_seqs=1, max_model_len=64)
+    first = llm.stream([5, 6], SamplingParams(temperature=0, max_tokens=62, ignore_eos=True))
+    for _ in range(40):
+        next(first)
+    with pytest.raises(OutOfBlocksError, match="does not fit the KV cache"):
+        llm.generate([7, 8], SamplingParams(temperature=0, max_tokens=62, ignore_eos=True))
     first.close()  # type: ignore[attr-defined]
     assert llm.generate([5, 6], GREEDY)
 

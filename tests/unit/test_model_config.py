@@ -96,10 +96,22 @@ def test_transformers_4_llama(tmp_path: Path) -> None:
             high_freq_factor=4.0,
             original_max_position_embeddings=8192,
         ),
+        sliding_window=None,
         eos_token_ids=(128001,),
         bos_token_id=128000,
         dtype="bfloat16",
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [({}, 4096), ({"sliding_window": 8192}, 8192), ({"sliding_window": None}, None)],
+)
+def test_mistral_has_a_window(tmp_path: Path, changes: dict[str, Any], window: int | None) -> None:
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], **changes}
+    config = load(tmp_path, LLAMA, **mistral)
+    assert config.sliding_window == window
+    assert not config.qkv_bias
 
 
 def test_transformers_5_spelling_means_the_same(tmp_path: Path) -> None:

@@ -37,7 +37,6 @@ from instruments.replication import check_aliases, check_crossing, check_gaps, c
 from instruments.sampled_law import SHAPES, check_sampled_law
 
 from outrider.actors import request_run
-from outrider.actors.draft_engine import TREE_CAPACITY
 from outrider.actors.request_run import RequestRun
 from outrider.models.kv_cache import KVSequence
 from outrider.speculation import sampling
@@ -75,7 +74,7 @@ def audited(check: Callable[[AuditedRunner], object]) -> Check:
 
 
 def check_drafting(folder: Path) -> None:
-    runner = AuditedRunner(decoder(folder, torch.float32), max_nodes=TREE_CAPACITY)
+    runner = AuditedRunner(decoder(folder, torch.float32))
     check_draft_session(runner, SamplingParams(seed=5, max_tokens=99), 30)
 
 
@@ -271,7 +270,8 @@ def test_the_named_check_fails(
     folder = make_model_folder("llama")
     mutation.check(folder)
     mutation.mutate(monkeypatch)
-    with pytest.raises(AssertionError):
+    # Where the program itself stumbles over the fault, the named test fails as well.
+    with pytest.raises((AssertionError, ValueError)):
         mutation.check(folder)
 
 

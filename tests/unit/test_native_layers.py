@@ -96,10 +96,10 @@ class Attended:
         rng = np.random.default_rng(0)
         self.shape, (H, G, D) = shape, shape
         blocks = rng.permutation(np.arange(1, NUM_BLOCKS))
-        lengths = (1, 9, 30)
+        lengths, windows = (1, 9, 30), (0, 3, 0)
         tables = [blocks[i * 10 : i * 10 + 8] for i in range(3)]
         free = (blocks[30:, None] * BLOCK + np.arange(BLOCK)).ravel()
-        seen, starts, paths, slots = [], [], [], []
+        first_seen, seen, starts, paths, slots = [], [], [], [], []
         for text, length in enumerate(lengths):
             last = tables[text][(length - 1) // BLOCK] * BLOCK + (length - 1) % BLOCK
             root, first, second = int(last), *free[3 * text : 3 * text + 2].tolist()
@@ -107,11 +107,13 @@ class Attended:
             for own, path in ((root, []), (first, [first]), (second, [first, second])):
                 slots.append(own)
                 paths.append(path)
+                first_seen.append(windows[text])
                 seen.append(length)
                 starts.append(sum(map(len, tables[:text])))
         self.keys = PathKeys(
             tables=np.concatenate(tables),
             table_starts=np.array(starts),
+            first=np.array(first_seen),
             seen=np.array(seen),
             nodes=np.array([node for path in paths for node in path]),
             node_starts=np.cumsum([0, *map(len, paths)]),
@@ -149,6 +151,7 @@ class Attended:
         return PathKeys(
             tables=keys.tables,
             table_starts=keys.table_starts[taken],
+            first=keys.first[taken],
             seen=keys.seen[taken],
             nodes=np.concatenate(paths),
             node_starts=np.cumsum([0, *map(len, paths)]),
@@ -217,6 +220,7 @@ def test_many_rows_are_split_over_threads_and_stay_the_same(caplog: pytest.LogCa
         keys = PathKeys(
             tables=np.arange(length // BLOCK),
             table_starts=np.zeros(rows, np.int64),
+            first=np.zeros(rows, np.int64),
             seen=np.arange(length - rows, length) + 1,
             nodes=np.zeros(0, np.int64),
             node_starts=np.zeros(rows + 1, np.int64),

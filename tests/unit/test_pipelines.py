@@ -192,5 +192,5 @@ def test_shares_of_a_batch_are_the_best_by_brute_force(seed: int) -> None:
 
 
 def test_more_requests_than_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 requests do not fit 2 rows"):
+    with pytest.raises(ValueError, match="3 requests and 0 other rows do not fit 2 rows"):
         share_budget([np.zeros(0)] * 3, [0.1, 0.2])

@@ -83,7 +83,7 @@ def test_merging_adds_every_field() -> None:
         for index, each in enumerate(dataclasses.fields(SpeculationStatistics))
         if each.type in (int, float)
     }
-    assert len(numbers) == 24
+    assert len(numbers) == 26
     total = SpeculationStatistics(**numbers)
     total.merge(SpeculationStatistics(**numbers))
     assert total == SpeculationStatistics(**{name: 2 * value for name, value in numbers.items()})
