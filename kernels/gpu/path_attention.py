@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from outrider.kernels.gpu.splits import SPLIT, Parts, attend_chunk, chunk_of, precision_of
+from outrider.kernels.gpu.splits import SPLIT, Parts, attend_chunk, chunk_of
 from outrider.kernels.paged_attention import PagedPaths
 
 
@@ -45,7 +45,6 @@ def path_attention(q: torch.Tensor, pool: torch.Tensor, keys: PagedPaths, block:
         CHUNK=chunk_of(pool, width),
         WIDTH=width,
         SPLIT=SPLIT,
-        PRECISION=precision_of(pool),
         num_warps=4,
         num_stages=2,
     )
@@ -74,7 +73,6 @@ def _attend_paths(
     CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ) -> None:
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     stop = tl.load(length + row).to(tl.int32)
@@ -109,9 +107,9 @@ def _attend_paths(
         at = pool + head * D + (slots * (2 * STEP))[:, None] + columns[None, :]
         keys = tl.load(at, mask=there[:, None] & inside, other=0.0)
         values = tl.load(at + STEP, mask=there[:, None] & inside, other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         scores = tl.where(there[None, :], scores, -float("inf"))
-        top, total, result = attend_chunk(top, total, result, scores, values, PRECISION)
+        top, total, result = attend_chunk(top, total, result, scores, values)
 
     query += split.to(tl.int64) * tl.num_programs(0) * H
     tl.store(tops + query, top, mask=member < Q)

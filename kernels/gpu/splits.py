@@ -19,11 +19,6 @@ def chunk_of(pool: torch.Tensor, width: int) -> int:
     return max(16, min(64, _CHUNK_BYTES // (2 * width * pool.itemsize)))
 
 
-def precision_of(pool: torch.Tensor) -> str:
-    """How products are computed: never in TF32, which keeps ten bits of a float32."""
-    return "ieee" if pool.dtype is torch.float32 else "tf32"
-
-
 class Parts:
     """What splits leave behind for the merge, in float32.
 
@@ -67,19 +62,20 @@ def attend_chunk(
     result: tl.tensor,
     scores: tl.tensor,
     values: tl.tensor,
-    PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Takes one chunk of keys into the running softmax of M queries.
 
     top, total: ``[M]``. result: ``[M, D]``. scores: ``[M, N]``, -inf where a key is hidden.
     values: ``[N, D]``.
+
+    Products of float32 are never taken in TF32, which would keep ten bits of each number.
     """
     higher = tl.maximum(top, tl.max(scores, 1))
     # A query that has seen no key yet must not subtract an infinity from another.
     base = tl.where(higher == -float("inf"), 0.0, higher)
     weights = tl.exp(scores - base[:, None])
     kept = tl.exp(top - base)
-    product = tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+    product = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
     return higher, total * kept + tl.sum(weights, 1), result * kept[:, None] + product
 
 

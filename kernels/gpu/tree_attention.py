@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from outrider.kernels.gpu.splits import SPLIT, Parts, attend_chunk, chunk_of, precision_of
+from outrider.kernels.gpu.splits import SPLIT, Parts, attend_chunk, chunk_of
 from outrider.kernels.paged_attention import TreeKeys
 
 _SMALLEST_TILE = 16
@@ -58,7 +58,6 @@ def tree_attention(q: torch.Tensor, pool: torch.Tensor, keys: TreeKeys, block: i
         SPLIT=SPLIT,
         SEQUENCES=triton.next_power_of_2(S),
         WHOLE=parts is None,
-        PRECISION=precision_of(pool),
         num_warps=4,
         num_stages=2,
     )
@@ -98,7 +97,6 @@ def _scores(
     columns: tl.tensor,
     D: tl.constexpr,
     STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Scores ``[M, N]`` of ``queries`` ``[M, D]`` and the values ``[N, D]`` that belong to them.
 
@@ -109,7 +107,7 @@ def _scores(
     mask = real[:, None] & (columns < D)[None, :]
     keys = tl.load(at, mask=mask, other=0.0)
     values = tl.load(at + STEP, mask=mask, other=0.0)
-    return tl.dot(queries, tl.trans(keys), input_precision=PRECISION), values
+    return tl.dot(queries, tl.trans(keys), input_precision="ieee"), values
 
 
 @triton.jit
@@ -141,7 +139,6 @@ def _attend_tiles(
     SPLIT: tl.constexpr,
     SEQUENCES: tl.constexpr,
     WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ) -> None:
     """One tile's queries of one key/value head over one split; the first split takes the nodes, too."""
     head, split = tl.program_id(1), tl.program_id(2)
@@ -178,10 +175,10 @@ def _attend_tiles(
         there = positions < end
         blocks = tl.load(table + positions // B, mask=there, other=0).to(tl.int64)
         entries = (blocks * B + positions % B) * (2 * STEP)
-        scores, values = _scores(queries, keys, entries, there, columns, D, STEP, PRECISION)
+        scores, values = _scores(queries, keys, entries, there, columns, D, STEP)
         seen_by = (positions[None, :] >= begins[:, None]) & (positions[None, :] < ends[:, None])
         scores = tl.where(seen_by & there[None, :], scores, -float("inf"))
-        top, total, result = attend_chunk(top, total, result, scores, values, PRECISION)
+        top, total, result = attend_chunk(top, total, result, scores, values)
 
     if split == 0:
         first_node = tl.load(node_starts + sequence).to(tl.int32)
@@ -191,11 +188,11 @@ def _attend_tiles(
             there = nodes < count
             slots = tl.load(node_slots + first_node + nodes, mask=there, other=0).to(tl.int64)
             entries = slots * (2 * STEP)
-            scores, values = _scores(queries, keys, entries, there, columns, D, STEP, PRECISION)
+            scores, values = _scores(queries, keys, entries, there, columns, D, STEP)
             words = ancestors + row[:, None] * W + nodes[None, :] // 32
             bits = tl.load(words, mask=real[:, None] & there[None, :], other=0) >> (nodes[None, :] % 32)
             scores = tl.where((bits & 1) != 0, scores, -float("inf"))
-            top, total, result = attend_chunk(top, total, result, scores, values, PRECISION)
+            top, total, result = attend_chunk(top, total, result, scores, values)
 
     if WHOLE:
         result = result / tl.where(total == 0.0, 1.0, total)[:, None]
