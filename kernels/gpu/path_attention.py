@@ -2,9 +2,9 @@
 
 A program attends one split of one row. Chunks and splits begin at multiples of constants, a
 key's place in them is its position, and a row's splits are merged in their order: neither other rows
-nor slots nor the difference between text and nodes enters into the sums. Sizes that a call
-could vary are not specialised on, and there is no shorter way for short texts: one compiled program
-computes every row.
+nor slots nor the difference between text and nodes enters into the sums. The compiler gets no size
+that differs between calls, nor where in memory the keys' description begins, and there is no shorter
+way for short texts: one program computes every row.
 """
 
 import torch
@@ -51,7 +51,11 @@ def path_attention(q: torch.Tensor, pool: torch.Tensor, keys: PagedPaths, block:
     return parts.merged(q, keys.first, keys.length, nodes_in_first=False)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        *("tables", "table_starts", "seen", "nodes", "node_starts", "first", "length", "tops", "totals"),
+    ]
+)
 def _attend_paths(
     q: tl.tensor,
     pool: tl.tensor,

@@ -101,7 +101,7 @@ def _take_split(
     return higher, total * kept + tl.load(totals + index) * added, result * kept + part * added
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tops", "totals", "first", "stop"])
 def _merge(
     values: tl.tensor,
     tops: tl.tensor,
