@@ -11,10 +11,10 @@ import triton.language as tl
 from outrider.kernels.gpu.splits import SPLIT, Parts, attend_chunk, chunk_of
 from outrider.kernels.paged_attention import TreeKeys
 
-_SMALLEST_TILE = 16
-"""Queries that tensor cores take at least."""
-_TILE_BYTES = 2**7
-"""One component of all queries that a program holds at most; more of them do not fit its registers."""
+_SMALLEST_TILE, _LARGEST_TILE = 16, 64
+"""Queries of one program: what tensor cores take at least, and what registers hold of scores."""
+_TILE_BYTES = 2**14
+"""Queries of one program; with more, registers do not hold their results either."""
 
 
 def tree_attention(q: torch.Tensor, pool: torch.Tensor, keys: TreeKeys, block: int) -> torch.Tensor:
@@ -25,7 +25,7 @@ def tree_attention(q: torch.Tensor, pool: torch.Tensor, keys: TreeKeys, block: i
     (R, H, D), G = q.shape, pool.shape[2]
     S, W = len(keys.table_starts), keys.ancestors.shape[1]
     Q, width = H // G, triton.next_power_of_2(D)
-    tile = _tile_of(-(-R // S), Q, q.itemsize)
+    tile = _tile_of(-(-R // S), Q, width * q.itemsize)
     tile_rows = tile // Q
     splits = max(1, triton.cdiv(keys.longest, SPLIT))
     parts = Parts(q, splits) if splits > 1 else None
@@ -64,11 +64,11 @@ def tree_attention(q: torch.Tensor, pool: torch.Tensor, keys: TreeKeys, block: i
     return out if parts is None else parts.merged(q, keys.first, keys.seen, nodes_in_first=True)
 
 
-def _tile_of(rows: int, Q: int, itemsize: int) -> int:
+def _tile_of(rows: int, Q: int, query_bytes: int) -> int:
     """Queries of one program, for sequences of ``rows`` rows with Q queries each."""
     least: int = max(_SMALLEST_TILE, triton.next_power_of_2(Q))
     wanted: int = triton.next_power_of_2(rows * Q)
-    return max(least, min(wanted, _TILE_BYTES // itemsize))
+    return max(least, min(wanted, _LARGEST_TILE, _TILE_BYTES // query_bytes))
 
 
 @triton.jit
@@ -110,7 +110,8 @@ def _scores(
     return tl.dot(queries, tl.trans(keys), input_precision="ieee"), values
 
 
-@triton.jit
+# These differ from step to step, and a program of its own for every kind of them would be compiled.
+@triton.jit(do_not_specialize=["R", "S", "W"])
 def _attend_tiles(
     q: tl.tensor,
     pool: tl.tensor,

@@ -47,7 +47,14 @@ class Compiling:
         given = dict(zip(kernel.arg_names, args, strict=False)) | named
         fixed = {param.name: given[param.name] for param in kernel.params if param.is_constexpr}
         signature = {name: "constexpr" if name in fixed else _kind(given[name]) for name in kernel.arg_names}
-        made = triton.compile(ASTSource(kernel, signature, fixed), target=self.target, options=options)
+        # Tensors begin at multiples of 16 bytes, and are loaded in vectors where the kernel may know.
+        aligned = {
+            (param.num,): [["tt.divisibility", 16]]
+            for param in kernel.params
+            if signature[param.name].startswith("*") and not param.do_not_specialize_on_alignment
+        }
+        source = ASTSource(kernel, signature, fixed, aligned)
+        made = triton.compile(source, target=self.target, options=options)
         assert made.metadata.shared <= SHARED_BYTES, (kernel.__name__, fixed, made.metadata.shared)
         self.compiled.add(kernel.__name__)
 
@@ -84,7 +91,8 @@ def main(capabilities: list[str]) -> None:
         compiling = Compiling(int(capability))
         triton.JITFunction.run = lambda kernel, *args, _to=compiling, **named: _to.run(kernel, *args, **named)
         launch_attention((6, 2, 80), torch.bfloat16, Text(committed=600, chunk=12))
-        launch_attention((2, 2, 256), torch.float32, Text(committed=40))
+        launch_attention((8, 1, 256), torch.float16, Text(committed=40, chunk=40))
+        launch_attention((2, 2, 256), torch.float32, Text(committed=40, parents=[-1, 0]))
         for dtype in (torch.bfloat16, torch.float32):
             launch_the_rest(dtype)
         print(capability, *sorted(compiling.compiled))
