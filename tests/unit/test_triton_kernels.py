@@ -39,6 +39,11 @@ from outrider.kernels.rotary import rotate_and_write_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(4, 4, 64), (6, 2, 80), (4, 1, 128), (2, 1, 256), (7, 1, 96)]
+CASES = [
+    *((shape, torch.float32) for shape in SHAPES),
+    *((shape, torch.bfloat16) for shape in SHAPES[1:4]),
+    (SHAPES[0], torch.float16),
+]
 BUSHY = [-1, -1, 0, 0, 1, 2, 2, 5, 3, -1]
 RAGGED = [
     Text(committed=1, parents=[-1]),
@@ -91,15 +96,14 @@ def test_references_are_attention_over_exactly_the_rows_slots(window: int | None
     torch.testing.assert_close(paged_path_attention_reference(batch.q, batch.pool, batch.paths, BLOCK), exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_tree_attention_of_ragged_batches(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     batch = paged_batch(RAGGED, shape, dtype)
     got = tree_attention(batch.q, batch.pool, batch.tree, BLOCK)
     assert_attended(got, tree_attention_reference(batch.q, batch.pool, batch.tree, BLOCK), dtype)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), list(zip(SHAPES, [*DTYPES, *DTYPES[:2]], strict=True)))
+@pytest.mark.parametrize(("shape", "dtype"), [CASES[3], *CASES[2::2]])
 def test_path_attention_of_ragged_batches(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     batch = paged_batch(PATHS, shape, dtype)
     got = path_attention(batch.q, batch.pool, batch.paths, BLOCK)
@@ -187,7 +191,7 @@ def test_a_nodes_bits_are_those_of_the_same_tokens_committed(
 def test_a_rows_bits_do_not_depend_on_its_company(window: int | None) -> None:
     batch = paged_batch(LONG, (4, 2, 64), torch.float32, window=window)
     together = path_attention(batch.q, batch.pool, batch.paths, BLOCK)
-    for row in range(len(batch.q)):
+    for row in range(0, len(batch.q), 2):
         alone = _rows_of(batch.paths, torch.tensor([row]))
         alone = replace(alone, longest=int(alone.length))
         assert torch.equal(path_attention(batch.q[row : row + 1], batch.pool, alone, BLOCK)[0], together[row])
