@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-ray lint protos clean
+.PHONY: demo test test-ray gpu-check lint protos clean
 
 # The stamp is newer than what it was made from, so a second run installs nothing.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/native/*pp)
@@ -26,6 +26,10 @@ test: lint
 # Clusters as a whole: real Ray, real processes, three hosts in network namespaces where that is permitted.
 test-ray: $(VENV)/installed
 	$(BIN)/pytest tests/on_ray
+
+# The GPU kernels on a CUDA device, where there is one: the last line is JSON.
+gpu-check: $(VENV)/installed
+	cd tests && ../$(BIN)/python -m gpu.gpu_check
 
 # The generated files are committed: nobody needs a compiler to install.
 protos: $(VENV)/installed

@@ -93,6 +93,15 @@ def exponential_race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return torch.div(noise, probs).argmin(dim=-1)
 
 
+def draw(probs: torch.Tensor, base: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """The winner int64 ``[R]`` of each row's race against the noise of its own stream.
+
+    probs: float ``[R, V]``, as for ``exponential_race``. base, gamma: int64 ``[R]``, as for
+    ``exponential_noise``.
+    """
+    return exponential_race(probs, exponential_noise(base, gamma, probs.shape[1]))
+
+
 def _minus_exponentials(base: torch.Tensor, gamma: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """float64 ``[R, V]``: ``log1p(-u)``."""
     # The counter: int64 multiplication wraps around, as the stream wants.

@@ -1,10 +1,14 @@
 """Tiny model and tokenizer folders, built once per session; tests must not write into them."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# Triton reads it when it is first imported, by whatever does that; without it a GPU would be needed.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

@@ -25,6 +25,7 @@ ONLY_IN = {
     "grpc_health": ("actors/grpc_probe.py", "actors/grpc_server.py"),
     "google.protobuf": ("actors/wire.py", "protos/speculation_pb2.py"),
     "outrider.protos": ("actors/wire.py",),
+    "triton": ("kernels/gpu/",),
 }
 """Libraries that stay behind thin wrappers, and the files or rooms that hold them."""
 
