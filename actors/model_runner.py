@@ -5,21 +5,21 @@ from collections.abc import Sequence
 import torch
 
 from outrider.actors.runner import TreeQuery
+from outrider.actors.target_worker import Network
 from outrider.models.batch import Rows, make_batch, prefill_rows, tree_rows
-from outrider.models.decoder import Decoder
 from outrider.models.kv_cache import KVSequence, blocks_for
 from outrider.models.numerics import MAX_ROWS
 from outrider.speculation.types import IntArray
 
 
 class ModelRunner:
-    """One decoder and its KV cache.
+    """One decoder, or all ranks of one, and its KV cache.
 
     max_nodes: draft nodes whose KV a sequence can hold.
     num_sequences: sequences of full length that fit the cache.
     """
 
-    def __init__(self, decoder: Decoder, *, max_nodes: int, num_sequences: int = 1) -> None:
+    def __init__(self, decoder: Network, *, max_nodes: int, num_sequences: int = 1) -> None:
         self.decoder, self.max_nodes = decoder, max_nodes
         # The last verification may accept beyond the end of the text before it is cut.
         positions = decoder.max_model_len + max_nodes + 1

@@ -7,6 +7,9 @@ it, an arena for the nodes of its draft tree, so that committed and speculative 
 share a slot and accepting nodes is a plain copy.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -32,6 +35,8 @@ class KVCache:
     ) -> None:
         self.pool = torch.zeros(layers, (num_blocks + 1) * BLOCK, 2, kv_heads, head_dim, dtype=dtype)
         self.layers = list(self.pool)
+        self.move: Callable[[torch.Tensor, torch.Tensor], None] = partial(kv_move, self.pool)
+        """Copies entries from slots to slots; where others hold parts of them, these have to do it too."""
         self._free = np.ones(num_blocks + 1, np.bool_)
         self._free[0] = False
 
@@ -88,7 +93,7 @@ class KVSequence:
         """Moves accepted nodes' entries, in path order, to the positions after ``length``."""
         if len(nodes):
             target = np.arange(self.length, self.length + len(nodes)) + self.base
-            kv_move(self._cache.pool, torch.from_numpy(nodes + self.node_base), torch.from_numpy(target))
+            self._cache.move(torch.from_numpy(nodes + self.node_base), torch.from_numpy(target))
             self.length += len(nodes)
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ import torch
 from outrider.models.config import ModelConfig, load_config
 from outrider.models.decoder import Decoder
 from outrider.models.numerics import Numerics
+from outrider.models.parallel import ALONE, TensorParallel
 from outrider.models.resolve import resolve_model
 from outrider.models.tokenizer import Tokenizer
 from outrider.models.weights import Checkpoint
@@ -43,18 +44,33 @@ class LoadedModel:
 
 
 def load_model(
-    name_or_path: str, *, dtype: str, numerics: Numerics, max_model_len: int | None
+    name_or_path: str,
+    *,
+    dtype: str,
+    numerics: Numerics,
+    max_model_len: int | None,
+    ranks: TensorParallel = ALONE,
 ) -> LoadedModel:
     """Loads an unmodified Hugging Face folder or hub id.
 
     dtype: one of ``DTYPES`` or ``auto``, the one the weights are saved in.
     max_model_len: tokens of the longest sequence; None takes the model's own limit.
+    ranks: those that load the other parts of it at the same time.
 
     Raises:
         ModelError: see the errors of ``resolve_model``, ``load_config`` and ``Checkpoint``.
         InvalidConfigError: ``dtype`` or ``max_model_len`` is not possible for this model.
     """
     folder = resolve_model(name_or_path)
+    decoder = load_decoder(folder, dtype=dtype, numerics=numerics, max_model_len=max_model_len, ranks=ranks)
+    config = decoder.shard.whole
+    return LoadedModel(folder=folder, config=config, decoder=decoder, tokenizer=Tokenizer.load(folder))
+
+
+def load_decoder(
+    folder: Path, *, dtype: str, numerics: Numerics, max_model_len: int | None, ranks: TensorParallel
+) -> Decoder:
+    """The network in ``folder``, or this rank's part of it; see ``load_model``."""
     config = load_config(folder)
     limit = config.max_position_embeddings
     whole = isinstance(max_model_len, int) and not isinstance(max_model_len, bool)
@@ -62,14 +78,14 @@ def load_model(
         raise InvalidConfigError(
             f"max_model_len must be from 2 to {folder.name}'s {limit}, not {max_model_len!r}"
         )
-    decoder = Decoder(
+    return Decoder(
         config,
         Checkpoint(folder),
         dtype=_dtype(dtype, config),
         numerics=numerics,
         max_model_len=max_model_len or limit,
+        ranks=ranks,
     )
-    return LoadedModel(folder=folder, config=config, decoder=decoder, tokenizer=Tokenizer.load(folder))
 
 
 def context_length(name_or_path: str) -> int:
