@@ -80,7 +80,7 @@ class TargetLeader:
         """Sends the other ranks home, if they can still be reached."""
         with contextlib.suppress(TargetGroupError):
             self._ranks.tell(encode([Stop()]), timeout=STOP_SECONDS)
-        self._ranks.abort("the tensor-parallel target has been stopped")
+        self._ranks.leave("the tensor-parallel target has been stopped")
 
 
 def follow(decoder: Decoder, ranks: RankGroup) -> None:

@@ -3,6 +3,7 @@
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -15,11 +16,13 @@ from outrider.actors.drafting import DraftEngine, NgramEngine
 from outrider.actors.model_runner import ModelRunner
 from outrider.actors.running_batch import RunningBatch, Ticket
 from outrider.actors.target_engine import TargetEngine, TargetModel
+from outrider.actors.target_worker import Network
 from outrider.cluster.generation import OnStep, Prompt, TextGenerator
 from outrider.cluster.remote_drafting import RemoteDrafters
 from outrider.cluster.speculative_config import SpeculativeConfig
+from outrider.cluster.tensor_group import LocalRanks
 from outrider.models.demo import pair
-from outrider.models.loader import context_length, load_model
+from outrider.models.loader import LoadedModel, context_length, load_model
 from outrider.models.numerics import MAX_ROWS, Numerics
 from outrider.models.tokenizer import IncrementalDetokenizer, Tokenizer, check_same_vocabulary
 from outrider.speculation.errors import InvalidConfigError, InvalidRequestError, VocabularyMismatchError
@@ -46,12 +49,15 @@ class LLM(TextGenerator):
     max_num_seqs: requests served at once; 1 where a draft model drafts in this process, which
         would only make the others wait.
     seed: seeds the requests that bring none; None draws fresh ones.
+    tensor_parallel_size: processes that hold a part of the target each, this one the first of them; they
+        share PyTorch's threads.
 
-    Draft workers that it started end with it: at ``close``, at the end of a ``with`` block, or
-    when it is collected.
+    Processes that it started, draft workers and ranks of the target, end with it: at ``close``, at the
+    end of a ``with`` block, or when it is collected.
 
     Raises:
-        WorkerError: no draft worker can be started or reached.
+        WorkerError: no draft worker can be started or reached, or a rank cannot be started.
+        TargetGroupError: a rank ended before it was ready.
         ModelError: a model cannot be loaded, or the vocabularies differ.
         InvalidConfigError: a setting is not possible.
     """
@@ -66,17 +72,12 @@ class LLM(TextGenerator):
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
         seed: int | None = None,
+        tensor_parallel_size: int = 1,
     ) -> None:
         if model is None and speculative_config is None:
             speculative_config = {"model": str(pair.DRAFT)}
         config = None if speculative_config is None else SpeculativeConfig.parse(speculative_config)
         kind = _numerics(numerics)
-        self.model = load_model(
-            str(pair.TARGET) if model is None else model,
-            dtype=dtype,
-            numerics=kind,
-            max_model_len=max_model_len,
-        )
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
             raise InvalidConfigError(f"seed must be None or a non-negative integer, not {seed!r}")
         self._seeds = np.random.default_rng(seed)
@@ -86,18 +87,31 @@ class LLM(TextGenerator):
         self.workers: RemoteDrafters | None = None
         """Draft workers in other processes; None without any."""
         local: DraftEngine | None = None
-        if config is not None and config.workers is not None:
-            self.workers = RemoteDrafters(config, self.model, dtype=dtype, numerics=str(kind))
-        elif config is not None:
-            local, max_num_seqs = self._make_drafting(config, dtype), 1
+        opened = ExitStack()
+        self._finalizer = weakref.finalize(self, opened.close)
+        try:
+            self.model, network = _load_target(
+                opened,
+                tensor_parallel_size,
+                str(pair.TARGET) if model is None else model,
+                dtype=dtype,
+                numerics=kind,
+                max_model_len=max_model_len,
+            )
+            if config is not None and config.workers is not None:
+                self.workers = RemoteDrafters(config, self.model, dtype=dtype, numerics=str(kind))
+                opened.callback(self.workers.close)
+            elif config is not None:
+                local, max_num_seqs = self._make_drafting(config, dtype), 1
+            runner = ModelRunner(network, max_nodes=shape.num_speculative_tokens, num_sequences=max_num_seqs)
+        except BaseException:
+            self.close()
+            raise
         self.max_num_seqs = max_num_seqs
         pool = None if self.workers is None else self.workers.pool
-        self._finalizer = weakref.finalize(self, _close, self.workers)
         self.engine = TargetEngine(
             TargetModel(
-                runner=ModelRunner(
-                    self.model.decoder, max_nodes=shape.num_speculative_tokens, num_sequences=max_num_seqs
-                ),
+                runner=runner,
                 vocab_size=self.model.vocab_size,
                 eos_ids=self.model.eos_ids,
                 detokenizer=partial(_detokenizer, self.model.tokenizer),
@@ -110,7 +124,10 @@ class LLM(TextGenerator):
         )
 
     def close(self) -> None:
-        """Ends the workers that were started; the engine decodes plainly afterwards."""
+        """Ends the processes that were started.
+
+        Without draft workers the engine decodes plainly afterwards, without its other ranks no more.
+        """
         self._finalizer()
 
     def failures(self) -> dict[str, str]:
@@ -220,9 +237,15 @@ def _detokenizer(tokenizer: Tokenizer, request: Request) -> IncrementalDetokeniz
     return IncrementalDetokenizer(tokenizer, request.params.skip_special_tokens)
 
 
-def _close(workers: RemoteDrafters | None) -> None:
-    if workers is not None:
-        workers.close()
+def _load_target(opened: ExitStack, size: int, name: str, **settings: Any) -> tuple[LoadedModel, Network]:
+    """The target and what runs it; ``opened`` gets what has to be closed. settings: as for ``load_model``."""
+    if size == 1:
+        model = load_model(name, **settings)
+        return model, model.decoder
+    ranks = LocalRanks(name, size, **settings)
+    opened.callback(ranks.close)
+    assert ranks.leader is not None
+    return ranks.model, ranks.leader
 
 
 def _completion(ticket: Ticket) -> Completion:

@@ -75,6 +75,11 @@ class LocalRanks:
         """Process ids of the ranks from 1 on."""
         return [child.process.pid for child in self._children]
 
+    def abort(self, reason: str) -> None:
+        """Makes what waits for another rank fail, and what is asked later, from any thread."""
+        assert self._ranks is not None
+        self._ranks.abort(reason)
+
     def close(self) -> None:
         """Ends the other ranks and waits until they are gone; may be called twice."""
         if self.leader is not None:

@@ -105,11 +105,11 @@ def agreed(own: RowClasses, ranks: TensorParallel) -> RowClasses:
     """The classes that suit every rank: quanta are powers of two, so the greatest is a multiple of all.
 
     Raises:
-        ModelError: this rank's attention is not computed as another's is.
+        ModelError: some ranks have the native attention and some do not.
     """
-    linear, attention, by_path = ranks.maximum((own.linear, own.attention, own.by_path))
-    if by_path != own.by_path:
-        raise ModelError(f"rank {ranks.rank} lacks the native attention that another rank has")
+    linear, attention, some, others = ranks.maximum((own.linear, own.attention, own.by_path, not own.by_path))
+    if some and others:
+        raise ModelError(f"the native attention was built for some of the {ranks.size} ranks and not for all")
     return replace(own, linear=linear, attention=attention)
 
 

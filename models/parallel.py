@@ -156,15 +156,21 @@ class RankGroup(TensorParallel):
 
         reason: what the error says; that of the first call counts.
         """
+        if self.leave(reason):
+            # gloo's own abort() does nothing. A transfer that is out of time closes all connections, and
+            # one with a rank that is gone already closes no other.
+            for rank in self._others:
+                with contextlib.suppress(RuntimeError):
+                    self._group.recv([torch.empty(1)], rank, _ABORT).wait(timedelta(milliseconds=1))
+
+    def leave(self, reason: str) -> bool:
+        """Begins no more transfers, and fails with ``reason`` instead; whether it did not do so already."""
         with self._lock:
             if self._ended.is_set():
-                return
+                return False
             self._reason = reason
             self._ended.set()
-        # gloo's own abort() does nothing. A transfer that is out of time closes all connections.
-        with contextlib.suppress(RuntimeError):
-            work = self._group.recv([torch.empty(1)], self._others[0], _ABORT)
-            work.wait(timedelta(milliseconds=1))
+            return True
 
     def _exchange(self, x: torch.Tensor, timeout: timedelta) -> list[torch.Tensor]:
         """Every rank's ``x``, by rank."""

@@ -29,6 +29,7 @@ _OF_THIS_PROCESS = {
     "max_model_len": None,
     "max_num_seqs": 8,
     "threads": None,
+    "tensor_parallel_size": 1,
     "workers": None,
     "num_speculative_tokens": None,
     "speculative_config": None,
@@ -200,6 +201,7 @@ def _load(arguments: argparse.Namespace, config: dict[str, Any] | None) -> "LLM"
         numerics=arguments.numerics,
         max_model_len=arguments.max_model_len,
         max_num_seqs=arguments.max_num_seqs,
+        tensor_parallel_size=arguments.tensor_parallel_size,
     )
 
 
@@ -286,6 +288,14 @@ def _add_models(parser: Parser) -> None:
     )
     add("--max-num-seqs", metavar="N", type=integer, default=8, help="prompts served at once; default 8")
     add("--threads", metavar="N", type=integer, help="CPU threads; by default all but local workers'")
+    add(
+        "-tp",
+        "--tensor-parallel-size",
+        metavar="N",
+        type=integer,
+        default=1,
+        help="processes that share the target and its threads; default 1",
+    )
 
 
 def _add_sampling(parser: Parser) -> None:
