@@ -5,8 +5,10 @@ others, then loads its part of the model and does what rank 0 says, until rank 0
 """
 
 import json
+import os
 import sys
 import threading
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,16 +58,19 @@ def serve(settings: RankSettings) -> None:
     follow(decoder, ranks)
 
 
-def main() -> int:
-    """The exit code."""
+def main() -> None:
+    """Follows until the end; anything that goes wrong becomes the last line of standard error."""
     threading.Thread(target=stop_at_end_of_input, daemon=True).start()
     try:
         serve(RankSettings(**json.loads(sys.argv[1])))
-    except OutriderError as error:
-        print("outrider: error: " + " ".join(str(error).splitlines()), file=sys.stderr)
-        return 1
-    return 0
+    except Exception as error:
+        if not isinstance(error, OutriderError):
+            traceback.print_exc()
+        said = " ".join(f"{error}".splitlines())
+        print(f"outrider: error: {said or type(error).__name__}", file=sys.stderr, flush=True)
+        # The others see the connections close. Until the interpreter has shut down they would not know why.
+        os._exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
