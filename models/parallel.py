@@ -23,8 +23,10 @@ IntArray = npt.NDArray[np.int64]
 LOOPBACK = "127.0.0.1"
 STEP_SECONDS = 60.0
 """Most time that a rank may be behind another one within a step."""
+JOIN_SECONDS = 60.0
+"""For ranks that have been started to find each other."""
 START_SECONDS = 600.0
-"""The same while models are loaded, each rank from its own disk or cache."""
+"""Most time that a rank may be behind another one in loading its part."""
 _IDLE = timedelta(days=3650)
 """How long a follower waits for the next step. It ends with its connection to the leader."""
 _AT_ONCE = 2048
@@ -94,7 +96,7 @@ class RankGroup(TensorParallel):
         options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname=host)]
         options._threads = 1
-        options._timeout = timedelta(seconds=START_SECONDS)
+        options._timeout = timedelta(seconds=JOIN_SECONDS)
         # A group that came to nothing may stand in the store under the same name without it.
         self._store = PrefixStore(f"ranks of {size}", store)
         try:
@@ -221,7 +223,7 @@ def open_store(host: str = LOOPBACK) -> TCPStore:
         is_master=True,
         wait_for_workers=False,
         master_listen_fd=listening.detach(),
-        timeout=timedelta(seconds=START_SECONDS),
+        timeout=timedelta(seconds=JOIN_SECONDS),
     )
 
 
@@ -232,6 +234,6 @@ def find_store(host: str, port: int) -> TCPStore:
         TargetGroupError: it cannot be reached.
     """
     try:
-        return TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=START_SECONDS))
+        return TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=JOIN_SECONDS))
     except RuntimeError as error:
         raise TargetGroupError(f"no tensor-parallel group can be found at {host}:{port}") from error

@@ -73,8 +73,8 @@ def test_a_rank_alone_keeps_what_it_has() -> None:
 
 
 def test_sums_are_added_in_the_order_of_the_ranks() -> None:
-    # In float32 these cancel differently in every other order.
-    parts = torch.tensor([[1e8, 1.0], [-1e8, 1e-8], [1.0, -1.0]])
+    # In float32 the first cancel differently in another order; in bfloat16 the last would be lost.
+    parts = torch.tensor([[1e8, 1.0, 1.0], [-1e8, 1e-8, 2**-8], [1.0, -1.0, 2**-8]])
     with groups(3) as ranks:
         sums = everywhere(ranks, lambda rank: rank.sum(parts[rank.rank].clone()[None]))
         narrow = everywhere(ranks, lambda rank: rank.sum(parts[rank.rank].bfloat16()[None]))
