@@ -16,7 +16,7 @@ import torch
 
 from outrider.actors.target_worker import follow
 from outrider.cluster.child import stop_at_end_of_input
-from outrider.models.loader import load_decoder
+from outrider.models.decoder_loader import load_decoder
 from outrider.models.numerics import Numerics
 from outrider.models.parallel import RankGroup, find_store
 from outrider.speculation.errors import OutriderError

@@ -13,7 +13,7 @@ from forwards import MAX_NODES
 from outrider.actors.model_runner import ModelRunner
 from outrider.actors.target_worker import TargetLeader
 from outrider.cluster.target_rank import RankSettings
-from outrider.models.loader import load_decoder
+from outrider.models.decoder_loader import load_decoder
 from outrider.models.numerics import Numerics
 from outrider.models.parallel import LOOPBACK, RankGroup, open_store
 
@@ -57,8 +57,10 @@ class RankServers:
         ranks = RankGroup(store, 0, size)
         decoder = load_decoder(folder, dtype=dtype, numerics=numerics, max_model_len=None, ranks=ranks)
         leader = TargetLeader(decoder, ranks)
-        yield ModelRunner(leader, max_nodes=MAX_NODES, num_sequences=num_sequences)
-        leader.stop()
+        try:
+            yield ModelRunner(leader, max_nodes=MAX_NODES, num_sequences=num_sequences)
+        finally:
+            leader.stop()
         for process in others:
             self._expect(process, "done")
 
