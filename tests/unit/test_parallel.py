@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -330,6 +331,24 @@ def test_followers_end_without_their_leader(make_model_folder: Any) -> None:
         with pytest.raises(
             TargetGroupError, match="rank 0 of the tensor-parallel group of 2 does not answer"
         ):
+            done.result()
+
+
+def test_a_step_that_is_given_up_ends_the_group(
+    make_model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other ranks wait in the middle of it, and would take the next step's numbers for this one's."""
+    with groups(2) as ranks, ThreadPoolExecutor(1) as pool:
+        leading, following = everywhere(ranks, partial(decoder_of, make_model_folder("llama")))
+        done = pool.submit(follow, following, ranks[1])
+        leader = TargetLeader(leading, ranks[0])
+        cache = leader.make_cache(1)
+        monkeypatch.setattr(leading, "forward", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            leader.forward(some_row(leading.classes, slot=40), cache)
+        with pytest.raises(TargetGroupError, match="given up: KeyboardInterrupt"):
+            leader.make_cache(1)
+        with pytest.raises(TargetGroupError, match="rank 0 of the tensor-parallel group of 2"):
             done.result()
 
 
