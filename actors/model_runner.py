@@ -5,21 +5,21 @@ from collections.abc import Sequence
 import torch
 
 from outrider.actors.runner import TreeQuery
+from outrider.actors.target_worker import Network
 from outrider.models.batch import Rows, make_batch, text_rows, tree_rows
-from outrider.models.decoder import Decoder
 from outrider.models.kv_cache import KVSequence
 from outrider.models.numerics import MAX_ROWS
 from outrider.speculation.types import IntArray
 
 
 class ModelRunner:
-    """One decoder and its KV cache.
+    """One decoder, or all ranks of one, and its KV cache.
 
     num_blocks: of the cache, all that sequences ever hold together.
     prefix_caching: whether texts begin with what earlier ones left in it.
     """
 
-    def __init__(self, decoder: Decoder, *, num_blocks: int, prefix_caching: bool = True) -> None:
+    def __init__(self, decoder: Network, *, num_blocks: int, prefix_caching: bool = True) -> None:
         self.decoder = decoder
         self.cache = decoder.make_cache(num_blocks, prefix_caching=prefix_caching)
 

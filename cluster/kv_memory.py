@@ -26,12 +26,14 @@ def kv_blocks(
     max_nodes: int,
     kv_cache_memory: int | str | None,
     gpu_memory_utilization: float | None,
+    processes: int = 1,
 ) -> int:
     """Blocks of the cache: as told, else what ``max_num_seqs`` full sequences with trees of
     ``max_nodes`` could use, if there is as much memory.
 
     kv_cache_memory: bytes, or a size such as ``4GiB``. gpu_memory_utilization: the share of the
-    device's memory (of the machine's, on CPU) that this process may take.
+    device's memory (of the machine's, on CPU) that this process may take, together with others that
+    hold ``processes - 1`` equal parts.
 
     Raises:
         InvalidConfigError: a setting is not possible, or the longest sequence would not fit.
@@ -46,7 +48,7 @@ def kv_blocks(
     else:
         share = gpu_memory_utilization or DEFAULT_UTILIZATION
         wanted = max_num_seqs * blocks_for(decoder.max_model_len + max_nodes + 1)
-        blocks = min(wanted, max(0, int(share * machine_bytes()) - used_bytes()) // size)
+        blocks = min(wanted, max(0, int(share * machine_bytes() / processes) - used_bytes()) // size)
     if blocks < blocks_for(decoder.max_model_len):
         needed = blocks_for(decoder.max_model_len) * size / 2**20
         raise InvalidConfigError(

@@ -4,65 +4,26 @@ import contextlib
 import json
 import os
 import secrets
-import select
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from outrider.actors.security import Security
+from outrider.cluster.child import Child
 from outrider.cluster.cluster_security import TOKEN_VARIABLE
 from outrider.cluster.interruption import uninterrupted
-from outrider.speculation.errors import WorkerError
 
-START_SECONDS = 120.0
-"""For a worker to load its model."""
 STOP_SECONDS = 3.0
-MAX_COMPLAINT_LINES = 20
 
 
 @dataclass(slots=True)
-class _Worker:
-    """One process. address: where it listens; empty until it says so.
+class _Worker(Child):
+    """One process. address: where it listens; empty until it says so."""
 
-    complaints: the last lines of its standard error, which ``listener`` reads.
-    """
-
-    process: subprocess.Popen[str]
     address: str = ""
-    complaints: list[str] = field(default_factory=list)
-    listener: threading.Thread | None = None
-
-    def listen(self) -> None:
-        """Keeps the last lines of standard error from now on, so that the pipe never fills."""
-        listener = threading.Thread(target=self._read_complaints, daemon=True)
-        listener.start()
-        # Not sooner: one that could not start cannot be joined.
-        self.listener = listener
-
-    def _read_complaints(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.complaints.append(line.rstrip())
-            del self.complaints[:-MAX_COMPLAINT_LINES]
-
-    @property
-    def end(self) -> str:
-        """How it ended, for people, or nothing while it runs."""
-        code = self.process.poll()
-        if code is None:
-            return ""
-        if self.listener is not None:
-            # Its last words may still be on their way.
-            self.listener.join(1.0)
-        prefix = "outrider: error: "
-        errors = [line.removeprefix(prefix) for line in self.complaints if line.startswith(prefix)]
-        said = (errors or self.complaints or [""])[-1]
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        return f"{how}: {said}" if said else how
 
 
 class LocalWorkers:
@@ -117,7 +78,7 @@ class LocalWorkers:
         """
         worker = self._workers[index]
         worker.process.kill()
-        _finish(worker)
+        worker.finish()
         with uninterrupted():
             # The address stays, so that a restart that failed can be tried again.
             self._workers[index] = self._start(index, int(worker.address.rpartition(":")[2]))
@@ -141,7 +102,7 @@ class LocalWorkers:
             except subprocess.TimeoutExpired:
                 worker.process.kill()
             self.statistics += _last_words(worker)
-            _finish(worker)
+            worker.finish()
         self._workers = []
 
     def _start(self, index: int, port: int) -> _Worker:
@@ -163,20 +124,8 @@ class LocalWorkers:
 
 def _announced_address(worker: _Worker) -> str:
     """Waits until it says where it listens."""
-    assert worker.process.stdout is not None
-    # Without a thread that could outlive a Ctrl-C; the address is one line, written at once.
-    # Unlike select(), poll() knows descriptors beyond 1023.
-    poll = select.poll()
-    poll.register(worker.process.stdout, select.POLLIN)
-    if not poll.poll(START_SECONDS * 1000):
-        worker.process.kill()
-        raise WorkerError(f"a draft worker did not start within {START_SECONDS:g} s")
-    line = worker.process.stdout.readline()
-    if line:
-        address: str = json.loads(line)["address"]
-        return address
-    worker.process.wait()
-    raise WorkerError(f"a draft worker {worker.end}")
+    address: str = json.loads(worker.first_line("a draft worker"))["address"]
+    return address
 
 
 def _last_words(worker: _Worker) -> list[dict[str, Any]]:
@@ -186,13 +135,3 @@ def _last_words(worker: _Worker) -> list[dict[str, Any]]:
         return []
     lines = [json.loads(line) for line in worker.process.stdout.read().splitlines()]
     return [line["statistics"] for line in lines if "statistics" in line]
-
-
-def _finish(worker: _Worker) -> None:
-    worker.process.wait()
-    if worker.listener is not None:
-        worker.listener.join()
-    for pipe in (worker.process.stdin, worker.process.stdout, worker.process.stderr):
-        if pipe is not None:
-            with contextlib.suppress(OSError):
-                pipe.close()

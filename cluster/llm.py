@@ -3,10 +3,10 @@
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,11 @@ from outrider.actors.draft_engine import LocalModelDrafting, ModelDraftEngine, s
 from outrider.actors.drafting import DraftEngine, NgramEngine
 from outrider.actors.model_runner import ModelRunner
 from outrider.actors.running_batch import RunningBatch, Ticket
-from outrider.actors.step_times import measured_step_times, saved_step_times
 from outrider.actors.target_engine import TargetEngine, TargetModel
 from outrider.cluster.generation import OnStep, Prompt, TextGenerator
-from outrider.cluster.kv_memory import kv_blocks
 from outrider.cluster.remote_drafting import RemoteDrafters
 from outrider.cluster.speculative_config import SpeculativeConfig
+from outrider.cluster.target_loading import check_sizes, load_target, step_costs
 from outrider.models.demo import pair
 from outrider.models.loader import context_length, load_model
 from outrider.models.numerics import MAX_ROWS, Numerics
@@ -32,7 +31,6 @@ from outrider.speculation.pipelines.serial import SerialPipeline
 from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.request import Completion, Request, StepOutput
 from outrider.speculation.sampling_params import SamplingParams
-from outrider.speculation.step_cost import StepCostModel
 from outrider.speculation.tree import MAX_TREE_DEPTH
 from outrider.speculation.types import IntArray
 from outrider.speculation.verifiers.registry import make_verifier
@@ -57,12 +55,15 @@ class LLM(TextGenerator):
     target_profile: a JSON file with the target's measured step times, which is written if it is not
         there; None measures them at each start, for up to two seconds.
     seed: seeds the requests that bring none; None draws fresh ones.
+    tensor_parallel_size: processes that hold a part of the target each, this one the first of them; they
+        share PyTorch's threads.
 
-    Draft workers that it started end with it: at ``close``, at the end of a ``with`` block, or
-    when it is collected.
+    Processes that it started, draft workers and ranks of the target, end with it: at ``close``, at the
+    end of a ``with`` block, or when it is collected.
 
     Raises:
-        WorkerError: no draft worker can be started or reached.
+        WorkerError: no draft worker can be started or reached, or a rank cannot be started.
+        TargetGroupError: a rank ended before it was ready.
         ModelError: a model cannot be loaded, or the vocabularies differ.
         InvalidConfigError: a setting is not possible.
     """
@@ -82,51 +83,49 @@ class LLM(TextGenerator):
         enable_prefix_caching: bool = True,
         target_profile: str | None = None,
         seed: int | None = None,
+        tensor_parallel_size: int = 1,
     ) -> None:
         if model is None and speculative_config is None:
             speculative_config = {"model": str(pair.DRAFT)}
         config = None if speculative_config is None else SpeculativeConfig.parse(speculative_config)
         kind = _numerics(numerics)
-        self.model = load_model(
-            str(pair.TARGET) if model is None else model,
-            dtype=dtype,
-            numerics=kind,
-            max_model_len=max_model_len,
-        )
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
             raise InvalidConfigError(f"seed must be None or a non-negative integer, not {seed!r}")
         self._seeds = np.random.default_rng(seed)
-        _check_sizes(max_num_seqs, max_num_batched_tokens)
-        self.max_num_seqs, self._prefix_caching = max_num_seqs, enable_prefix_caching
+        check_sizes(max_num_seqs, max_num_batched_tokens, tensor_parallel_size)
+        self.max_num_seqs = max_num_seqs
         shape = TreeShape() if config is None else config.shape
-        runner = ModelRunner(
-            self.model.decoder,
-            num_blocks=kv_blocks(
-                self.model.decoder,
+        costs = CostEstimates(max_rows=max_num_batched_tokens)
+        self.workers: RemoteDrafters | None = None
+        """Draft workers in other processes; None without any."""
+        local: DraftEngine | None = None
+        opened = ExitStack()
+        self._finalizer = weakref.finalize(self, opened.close)
+        try:
+            self.model, runner = load_target(
+                opened,
+                str(pair.TARGET) if model is None else model,
+                tensor_parallel_size=tensor_parallel_size,
                 max_num_seqs=max_num_seqs,
                 max_nodes=shape.num_speculative_tokens,
                 kv_cache_memory=kv_cache_memory,
                 gpu_memory_utilization=gpu_memory_utilization,
-            ),
-            prefix_caching=enable_prefix_caching,
-        )
-        costs = CostEstimates(max_rows=max_num_batched_tokens)
-        if config is not None:
-            times = (
-                measured_step_times(runner, max_num_batched_tokens)
-                if target_profile is None
-                else saved_step_times(Path(target_profile), runner, max_num_batched_tokens)
+                enable_prefix_caching=enable_prefix_caching,
+                dtype=dtype,
+                numerics=kind,
+                max_model_len=max_model_len,
             )
-            costs = CostEstimates(StepCostModel(times), max_rows=max_num_batched_tokens)
-        self.workers: RemoteDrafters | None = None
-        """Draft workers in other processes; None without any."""
-        local: DraftEngine | None = None
-        if config is not None and config.workers is not None:
-            self.workers = RemoteDrafters(config, self.model, dtype=dtype, numerics=str(kind))
-        elif config is not None:
-            local = self._make_drafting(config, dtype)
+            if config is not None:
+                costs = step_costs(runner, max_num_batched_tokens, target_profile)
+            if config is not None and config.workers is not None:
+                self.workers = RemoteDrafters(config, self.model, dtype=dtype, numerics=str(kind))
+                opened.callback(self.workers.close)
+            elif config is not None:
+                local = self._make_drafting(config, dtype, enable_prefix_caching)
+        except BaseException:
+            self.close()
+            raise
         pool = None if self.workers is None else self.workers.pool
-        self._finalizer = weakref.finalize(self, _close, self.workers)
         self.engine = TargetEngine(
             TargetModel(
                 runner=runner,
@@ -144,7 +143,10 @@ class LLM(TextGenerator):
         )
 
     def close(self) -> None:
-        """Ends the workers that were started; the engine decodes plainly afterwards."""
+        """Ends the processes that were started.
+
+        Without draft workers the engine decodes plainly afterwards, without its other ranks no more.
+        """
         self._finalizer()
 
     def failures(self) -> dict[str, str]:
@@ -227,7 +229,7 @@ class LLM(TextGenerator):
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
         return text, np.array(ids, np.int64)
 
-    def _make_drafting(self, config: SpeculativeConfig, dtype: str) -> DraftEngine:
+    def _make_drafting(self, config: SpeculativeConfig, dtype: str, prefix_caching: bool) -> DraftEngine:
         if config.method == "ngram":
             return NgramEngine(
                 prompt_lookup_min=config.prompt_lookup_min,
@@ -245,7 +247,7 @@ class LLM(TextGenerator):
         runner = ModelRunner(
             draft.decoder,
             num_blocks=self.max_num_seqs * session_blocks(limit),
-            prefix_caching=self._prefix_caching,
+            prefix_caching=prefix_caching,
         )
         return LocalModelDrafting(
             ModelDraftEngine(runner, vocab_size=self.model.vocab_size),
@@ -254,25 +256,8 @@ class LLM(TextGenerator):
         )
 
 
-def _check_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> None:
-    if isinstance(max_num_batched_tokens, bool) or not 1 <= max_num_batched_tokens <= MAX_ROWS:
-        raise InvalidConfigError(
-            f"max_num_batched_tokens must be from 1 to {MAX_ROWS}, not {max_num_batched_tokens!r}"
-        )
-    if isinstance(max_num_seqs, bool) or not 1 <= max_num_seqs <= max_num_batched_tokens:
-        raise InvalidConfigError(
-            f"max_num_seqs must be from 1 to {max_num_batched_tokens}, the rows of a forward, "
-            f"not {max_num_seqs!r}"
-        )
-
-
 def _detokenizer(tokenizer: Tokenizer, request: Request) -> IncrementalDetokenizer:
     return IncrementalDetokenizer(tokenizer, request.params.skip_special_tokens)
-
-
-def _close(workers: RemoteDrafters | None) -> None:
-    if workers is not None:
-        workers.close()
 
 
 def _completion(ticket: Ticket) -> Completion:

@@ -14,18 +14,22 @@ from outrider.models.block_pool import BLOCK
 from outrider.models.config import ModelConfig
 from outrider.models.kv_cache import TRASH_SLOT, KVCache
 from outrider.models.layers import Block
-from outrider.models.numerics import MAX_ROWS, MAX_TAIL, Numerics, RowClasses, probe
+from outrider.models.numerics import MAX_ROWS, MAX_TAIL, Numerics, RowClasses, agreed, probe
+from outrider.models.parallel import ALONE, TensorParallel
 from outrider.models.rope import rope_frequencies
+from outrider.models.sharding import Shard
 from outrider.models.weights import Checkpoint
 from outrider.speculation.errors import UnsupportedModelError
 from outrider.speculation.tree import MAX_TREE_DEPTH
 
 
 class Decoder:
-    """A network whose weights are loaded and packed.
+    """A network whose weights are loaded and packed, or the part of it that one rank holds.
 
     max_model_len: tokens of the longest sequence; the rotation table and score buffers
         are made for it once.
+    ranks: those that hold the other parts. All of them load and run the same forwards together.
+    config: as if this rank's part were all of the network, but for its vocabulary.
     """
 
     def __init__(
@@ -36,24 +40,25 @@ class Decoder:
         dtype: torch.dtype,
         numerics: Numerics,
         max_model_len: int,
+        ranks: TensorParallel = ALONE,
     ) -> None:
-        hidden, vocab = config.hidden_size, config.vocab_size
-        self.config, self.dtype, self.max_model_len = config, dtype, max_model_len
+        self.ranks, self.shard = ranks, Shard(config, ranks)
+        self.config, self.dtype, self.max_model_len = self.shard.own, dtype, max_model_len
         self.attention_dtype = torch.promote_types(dtype, torch.float32)
         slides = config.sliding_window is not None and config.sliding_window < max_model_len
         self.window = config.sliding_window if slides else None
         """Tokens that a row attends; None where that is the whole context."""
-        self.embedding = checkpoint.tensor("model.embed_tokens.weight", (vocab, hidden)).to(dtype)
-        self.blocks = [Block(config, checkpoint, i, dtype) for i in range(config.num_layers)]
-        self.norm = checkpoint.tensor("model.norm.weight", (hidden,)).to(dtype)
+        self.embedding = self.shard.of_vocabulary(checkpoint, "model.embed_tokens.weight", dtype)
+        self.blocks = [Block(self.shard, checkpoint, i, dtype) for i in range(config.num_layers)]
+        self.norm = checkpoint.tensor("model.norm.weight", (config.hidden_size,)).to(dtype)
         head = (
             self.embedding
             if config.tie_word_embeddings
-            else checkpoint.tensor("lm_head.weight", (vocab, hidden)).to(dtype)
+            else self.shard.of_vocabulary(checkpoint, "lm_head.weight", dtype)
         )
         self.head = Linear(head)
-        G = config.num_kv_heads
-        self.heads = (G, config.num_heads // G, config.head_dim)
+        H, G = self.config.num_heads, self.config.num_kv_heads
+        self.heads = (G, H // G, config.head_dim)
         self.rotation = self._rotation_table()
         self.classes = self._row_classes(numerics)
         keys = 0 if self.classes.by_path else max_model_len + MAX_TAIL
@@ -90,11 +95,12 @@ class Decoder:
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Runs the rows and writes their KV.
 
-        Returns logits ``[wanted, vocab]`` of the wanted rows in the model's dtype.
+        Returns logits ``[wanted, vocab]`` of the wanted rows in the model's dtype, at rank 0;
+        other ranks get no more than their own part.
         """
         rows = len(batch.tokens)
         tokens, positions, slots = self._padded(batch, self.classes.linear_rows(rows))
-        x = self.embedding[tokens]
+        x = self.shard.embed(self.embedding, tokens)
         attended = x.new_zeros(len(x), self.config.num_heads * self.config.head_dim)
         attention = self._attention(batch, positions, slots)
         add = None
@@ -137,7 +143,8 @@ class Decoder:
             kept = slice(0, len(wanted))
         if not len(taken):
             return x.new_empty(0, self.config.vocab_size)
-        return self.head(rms_norm(taken, self.norm, self.config.rms_norm_eps))[kept]
+        logits = self.head(rms_norm(taken, self.norm, self.config.rms_norm_eps))[kept]
+        return self.ranks.columns(logits)[:, : self.config.vocab_size]
 
     @staticmethod
     def _padded(batch: Batch, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -179,8 +186,8 @@ class Decoder:
                 f"bfloat16 or float32 and the native kernels, not {self.dtype}"
             )
         if numerics is Numerics.FAST:
-            return RowClasses(canonical=False, by_path=by_path)
-        return probe(
+            return agreed(RowClasses(canonical=False, by_path=by_path), self.ranks)
+        own = probe(
             [*self.blocks[0].linears, self.head],
             heads=self.heads,
             max_keys=self.max_model_len,
@@ -188,3 +195,4 @@ class Decoder:
             attention_dtype=self.attention_dtype,
             by_path=by_path,
         )
+        return agreed(own, self.ranks)

@@ -6,6 +6,9 @@ rows that only fill up a row class. A sequence's positions lie in blocks anywher
 of them shared with sequences whose texts begin alike.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -42,10 +45,8 @@ class KVCache:
         self.layers = list(self.pool)
         self.blocks = BlockPool(num_blocks)
         self.first_key, self.prefix_caching = numerics.encode(), prefix_caching
-
-    def move(self, source: IntArray, target: IntArray) -> None:
-        """Copies the entries of these slots, in every layer; all are read before any is written."""
-        kv_move(self.pool, torch.from_numpy(source), torch.from_numpy(target))
+        self.move: Callable[[torch.Tensor, torch.Tensor], None] = partial(kv_move, self.pool)
+        """Copies entries from slots to slots; where others hold parts of them, these have to do it too."""
 
     def check(self, tables: list[list[int]]) -> None:
         """Asserts that nothing leaked beyond these sequences' tables and the null slot is still zero."""
@@ -103,7 +104,7 @@ class KVSequence:
         count = len(sources)
         targets = self.slots(self.length, self.length + count)
         if not np.array_equal(sources, targets):
-            self._cache.move(sources, targets)
+            self._cache.move(torch.from_numpy(sources), torch.from_numpy(targets))
         self.length += count
 
     def shrink(self) -> None:
@@ -148,7 +149,8 @@ class KVSequence:
             return None
         if rest:
             start = whole * BLOCK
-            self._cache.move(self.slots(start, length), child.slots(start, length))
+            mine, copy = self.slots(start, length), child.slots(start, length)
+            self._cache.move(torch.from_numpy(mine), torch.from_numpy(copy))
         child._keys = self._keys[: whole + 1]
         child.length = length
         return child

@@ -1,7 +1,7 @@
 """One decoder block, read from a checkpoint and laid out for few rows.
 
-R rows, H query heads, G key/value heads, D head size. Query, key and value projections are
-packed into one matrix, as are gate and up; within each head of queries and keys the two
+R rows, H query heads, G key/value heads, D head size; of the heads, those of this rank. Query, key and
+value projections are packed into one matrix, as are gate and up; within each head of queries and keys the two
 halves that rotate together are interleaved, so that rotation is one complex product.
 """
 
@@ -10,7 +10,7 @@ import torch
 from outrider.kernels.linear import Linear
 from outrider.kernels.pointwise import rms_norm, silu_mul
 from outrider.models.attention import Attention
-from outrider.models.config import ModelConfig
+from outrider.models.sharding import Shard
 from outrider.models.weights import Checkpoint
 
 
@@ -21,30 +21,43 @@ class BlockReader:
         self._checkpoint, self._dtype = checkpoint, dtype
         self._prefix = f"model.layers.{index}."
 
-    def vector(self, name: str, size: int) -> torch.Tensor:
-        return self._checkpoint.tensor(f"{self._prefix}{name}", (size,)).to(self._dtype)
+    def vector(self, name: str, size: int, rows: slice | None = None) -> torch.Tensor:
+        return self._checkpoint.tensor(f"{self._prefix}{name}", (size,), rows=rows).to(self._dtype)
 
-    def linear(self, names: tuple[str, ...], sizes: tuple[int, ...], inputs: int, *, bias: bool) -> Linear:
-        """The matrices ``names`` with ``sizes`` outputs each, stacked."""
+    def linear(
+        self,
+        names: tuple[str, ...],
+        shape: tuple[int, int],
+        *,
+        rows: slice | None = None,
+        columns: slice | None = None,
+        bias: bool,
+    ) -> Linear:
+        """The given rows or columns of the matrices ``names``, each of this ``shape``, stacked."""
         weights, biases = [], []
-        for name, size in zip(names, sizes, strict=True):
-            weight = self._checkpoint.tensor(f"{self._prefix}{name}.weight", (size, inputs))
+        for name in names:
+            full_name = f"{self._prefix}{name}.weight"
+            weight = self._checkpoint.tensor(full_name, shape, rows=rows, columns=columns)
             weights.append(weight.to(self._dtype))
             if bias:
-                biases.append(self.vector(f"{name}.bias", size))
+                biases.append(self.vector(f"{name}.bias", shape[0], rows))
         return Linear(torch.cat(weights), torch.cat(biases) if bias else None)
 
-    def rotary_linear(self, config: ModelConfig) -> Linear:
+    def rotary_linear(self, shard: Shard) -> Linear:
         """Queries, keys and values stacked, with the rotating halves of each head interleaved."""
-        D = config.head_dim
-        sizes = (config.num_heads * D, config.num_kv_heads * D, config.num_kv_heads * D)
+        config, D = shard.whole, shard.whole.head_dim
+        parts = (
+            ("q", config.num_heads * D, shard.query),
+            ("k", config.num_kv_heads * D, shard.key_value),
+            ("v", config.num_kv_heads * D, shard.key_value),
+        )
         weights, biases = [], []
-        for kind, size in zip("qkv", sizes, strict=True):
-            name = f"{self._prefix}self_attn.{kind}_proj"
-            weight = self._checkpoint.tensor(f"{name}.weight", (size, config.hidden_size)).to(self._dtype)
+        for kind, size, rows in parts:
+            name = f"{self._prefix}self_attn.{kind}_proj.weight"
+            weight = self._checkpoint.tensor(name, (size, config.hidden_size), rows=rows).to(self._dtype)
             weights.append(weight if kind == "v" else interleave(weight, D))
             if config.qkv_bias:
-                bias = self._checkpoint.tensor(f"{name}.bias", (size,)).to(self._dtype)
+                bias = self.vector(f"self_attn.{kind}_proj.bias", size, rows)
                 biases.append(bias if kind == "v" else interleave(bias, D))
         return Linear(torch.cat(weights), torch.cat(biases) if biases else None)
 
@@ -58,22 +71,32 @@ def interleave(x: torch.Tensor, head_dim: int) -> torch.Tensor:
 class Block:
     """Attention and feed-forward of one layer."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> None:
+    def __init__(self, shard: Shard, checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> None:
         reader = BlockReader(checkpoint, index, dtype)
+        config = shard.whole
         hidden, inner, D = config.hidden_size, config.intermediate_size, config.head_dim
-        self.eps = config.rms_norm_eps
+        self.ranks, self.eps = shard.ranks, config.rms_norm_eps
         self.attention_dtype = torch.promote_types(dtype, torch.float32)
-        H, G = config.num_heads, config.num_kv_heads
-        self.H, self.G, self.D = H, G, D
+        self.H, self.G, self.D = shard.own.num_heads, shard.own.num_kv_heads, D
         self.input_norm = reader.vector("input_layernorm.weight", hidden)
-        self.qkv = reader.rotary_linear(config)
+        self.qkv = reader.rotary_linear(shard)
         self.qk_norm = self._qk_norm(reader) if config.qk_norm else None
-        self.output = reader.linear(("self_attn.o_proj",), (hidden,), H * D, bias=config.output_bias)
+        self.output = reader.linear(
+            ("self_attn.o_proj",),
+            (hidden, config.num_heads * D),
+            columns=shard.attended,
+            bias=config.output_bias and shard.adds_biases,
+        )
         self.post_norm = reader.vector("post_attention_layernorm.weight", hidden)
         self.gate_up = reader.linear(
-            ("mlp.gate_proj", "mlp.up_proj"), (inner, inner), hidden, bias=config.mlp_bias
+            ("mlp.gate_proj", "mlp.up_proj"), (inner, hidden), rows=shard.inner, bias=config.mlp_bias
         )
-        self.down = reader.linear(("mlp.down_proj",), (hidden,), inner, bias=config.mlp_bias)
+        self.down = reader.linear(
+            ("mlp.down_proj",),
+            (hidden, inner),
+            columns=shard.inner,
+            bias=config.mlp_bias and shard.adds_biases,
+        )
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -100,5 +123,5 @@ class Block:
         """
         heads = self.qkv(rms_norm(x, self.input_norm, self.eps, add))
         attention(heads, self.qk_norm, self.eps, pool, attended)
-        normed = rms_norm(x, self.post_norm, self.eps, self.output(attended))
-        return self.down(silu_mul(self.gate_up(normed)))
+        normed = rms_norm(x, self.post_norm, self.eps, self.ranks.sum(self.output(attended)))
+        return self.ranks.sum(self.down(silu_mul(self.gate_up(normed))))

@@ -3,21 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from outrider.models.config import ModelConfig, load_config
 from outrider.models.decoder import Decoder
+from outrider.models.decoder_loader import load_decoder
 from outrider.models.numerics import Numerics
+from outrider.models.parallel import ALONE, TensorParallel
 from outrider.models.resolve import resolve_model
 from outrider.models.tokenizer import Tokenizer
-from outrider.models.weights import Checkpoint
-from outrider.speculation.errors import InvalidConfigError
-
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,45 +35,29 @@ class LoadedModel:
 
 
 def load_model(
-    name_or_path: str, *, dtype: str, numerics: Numerics, max_model_len: int | None
+    name_or_path: str,
+    *,
+    dtype: str,
+    numerics: Numerics,
+    max_model_len: int | None,
+    ranks: TensorParallel = ALONE,
 ) -> LoadedModel:
     """Loads an unmodified Hugging Face folder or hub id.
 
-    dtype: one of ``DTYPES`` or ``auto``, the one the weights are saved in.
+    dtype: ``float32``, ``bfloat16``, ``float64`` or ``auto``, the one the weights are saved in.
     max_model_len: tokens of the longest sequence; None takes the model's own limit.
+    ranks: those that load the other parts of it at the same time.
 
     Raises:
         ModelError: see the errors of ``resolve_model``, ``load_config`` and ``Checkpoint``.
         InvalidConfigError: ``dtype`` or ``max_model_len`` is not possible for this model.
     """
     folder = resolve_model(name_or_path)
-    config = load_config(folder)
-    limit = config.max_position_embeddings
-    whole = isinstance(max_model_len, int) and not isinstance(max_model_len, bool)
-    if max_model_len is not None and not (whole and 1 < max_model_len <= limit):
-        raise InvalidConfigError(
-            f"max_model_len must be from 2 to {folder.name}'s {limit}, not {max_model_len!r}"
-        )
-    decoder = Decoder(
-        config,
-        Checkpoint(folder),
-        dtype=_dtype(dtype, config),
-        numerics=numerics,
-        max_model_len=max_model_len or limit,
-    )
+    decoder = load_decoder(folder, dtype=dtype, numerics=numerics, max_model_len=max_model_len, ranks=ranks)
+    config = decoder.shard.whole
     return LoadedModel(folder=folder, config=config, decoder=decoder, tokenizer=Tokenizer.load(folder))
 
 
 def context_length(name_or_path: str) -> int:
     """Tokens of the longest sequence that a model was made for; errors as for ``load_model``."""
     return load_config(resolve_model(name_or_path)).max_position_embeddings
-
-
-def _dtype(name: str, config: ModelConfig) -> torch.dtype:
-    wanted = config.dtype if name == "auto" else name
-    if wanted == "float16" and name == "auto":
-        # No CPU kernels worth having; float32 holds every float16 value.
-        return torch.float32
-    if wanted not in DTYPES:
-        raise InvalidConfigError(f"dtype must be auto, {', '.join(DTYPES)}, not {name!r}")
-    return DTYPES[wanted]

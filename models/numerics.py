@@ -7,12 +7,13 @@ a quantum is taken when rows agree bitwise in all products padded to its multipl
 
 import enum
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from outrider.kernels.linear import Linear
 from outrider.kernels.tree_attention import STRIDE, TAIL, AttentionGroup, Scratch, TreeAttention
+from outrider.models.parallel import TensorParallel
 from outrider.speculation.errors import ModelError
 
 MAX_ROWS = 64
@@ -98,6 +99,18 @@ def probe(
     key_counts = sorted({0, min(STRIDE, longest), min(7 * STRIDE, longest), longest})
     attention_quanta = [_attention_quantum(heads, S, attention_dtype, generator) for S in key_counts]
     return RowClasses(canonical=True, linear=max(linear_quanta), attention=max(attention_quanta))
+
+
+def agreed(own: RowClasses, ranks: TensorParallel) -> RowClasses:
+    """The classes that suit every rank: quanta are powers of two, so the greatest is a multiple of all.
+
+    Raises:
+        ModelError: some ranks have the native attention and some do not.
+    """
+    linear, attention, some, others = ranks.maximum((own.linear, own.attention, own.by_path, not own.by_path))
+    if some and others:
+        raise ModelError(f"the native attention was built for some of the {ranks.size} ranks and not for all")
+    return replace(own, linear=linear, attention=attention)
 
 
 def _linear_quantum(linear: Linear, dtype: torch.dtype, generator: torch.Generator) -> int:

@@ -53,6 +53,10 @@ class WorkerError(OutriderError):
     """A worker process could not be started or reached."""
 
 
+class TargetGroupError(OutriderError):
+    """A rank of a tensor-parallel target is gone, and the target with it."""
+
+
 class ClusterError(OutriderError):
     """A cluster could not be started, found or kept: Ray, its nodes, or the room on them."""
 

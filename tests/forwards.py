@@ -9,6 +9,7 @@ import torch
 
 from outrider.actors.model_runner import ModelRunner
 from outrider.actors.runner import TreeQuery
+from outrider.actors.target_worker import Network
 from outrider.models.batch import text_rows
 from outrider.models.block_pool import blocks_for
 from outrider.models.config import load_config
@@ -36,7 +37,12 @@ def make_runner(
         numerics=numerics,
         max_model_len=config.max_position_embeddings,
     )
-    return ModelRunner(decoder, num_blocks=num_sequences * blocks_for(decoder.max_model_len + MAX_ROWS))
+    return ModelRunner(decoder, num_blocks=blocks_of(decoder, num_sequences))
+
+
+def blocks_of(network: Network, num_sequences: int) -> int:
+    """Blocks for so many sequences of full length, each with the rows of a forward."""
+    return num_sequences * blocks_for(network.max_model_len + MAX_ROWS)
 
 
 def random_ids(count: int, vocab: int = 300, seed: int = 0) -> npt.NDArray[np.int64]:

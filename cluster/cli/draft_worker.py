@@ -2,12 +2,12 @@
 
 import argparse
 import json
-import os
 import signal
 import threading
 from dataclasses import asdict
 from typing import Any
 
+from outrider.cluster.child import stop_at_end_of_input
 from outrider.cluster.cli.arguments import Commands, integer
 from outrider.speculation.errors import InvalidConfigError
 
@@ -68,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.port <= 65535:
         raise InvalidConfigError(f"port must be from 0 to 65535, not {arguments.port}")
     if arguments.exit_with_stdin:
-        threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
+        # At once while the model is loaded, after a step later on.
+        threading.Thread(target=stop_at_end_of_input, daemon=True).start()
     from outrider.cluster.cluster_security import TOKEN_VARIABLE, cluster_security
 
     security = cluster_security(arguments.tls_ca, arguments.tls_certificate, arguments.tls_key)
@@ -104,11 +105,3 @@ def run(arguments: argparse.Namespace) -> int:
 def _stop_on_signals(process: Any) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: process.stop())
-
-
-def _stop_at_end_of_input() -> None:
-    """Ends this process as SIGTERM does: at once while the model is loaded, after a step later on."""
-    # Not through sys.stdin: a thread that waits in there makes the interpreter abort when it exits.
-    while os.read(0, 4096):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)

@@ -33,6 +33,7 @@ _OF_THIS_PROCESS = {
     "gpu_memory_utilization": None,
     "target_profile": None,
     "threads": None,
+    "tensor_parallel_size": 1,
     "workers": None,
     "num_speculative_tokens": None,
     "speculative_config": None,
@@ -208,6 +209,7 @@ def _load(arguments: argparse.Namespace, config: dict[str, Any] | None) -> "LLM"
         kv_cache_memory=arguments.kv_cache_memory,
         gpu_memory_utilization=arguments.gpu_memory_utilization,
         target_profile=arguments.target_profile,
+        tensor_parallel_size=arguments.tensor_parallel_size,
     )
 
 
@@ -317,6 +319,14 @@ def _add_models(parser: Parser) -> None:
         help="step times of the target, written if missing; else measured at each start",
     )
     add("--threads", metavar="N", type=integer, help="CPU threads; by default all but local workers'")
+    add(
+        "-tp",
+        "--tensor-parallel-size",
+        metavar="N",
+        type=integer,
+        default=1,
+        help="processes that share the target and its threads; default 1",
+    )
 
 
 def _add_sampling(parser: Parser) -> None:

@@ -17,7 +17,7 @@ import pytest
 from instruments.processes import accepted, children, complete, open_files, runs, until
 
 from outrider import LLM, SamplingParams
-from outrider.cluster import launcher
+from outrider.cluster import child, launcher
 from outrider.cluster.launcher import LocalWorkers
 
 COMMAND = [sys.executable, "-m", "outrider.cluster.cli.main", "generate", "--workers", "local"]
@@ -234,7 +234,7 @@ class InterruptedPopen(subprocess.Popen[str]):
 
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
-    "interruption", [(launcher.select, "poll", interrupted_wait), (subprocess, "Popen", InterruptedPopen)]
+    "interruption", [(child.select, "poll", interrupted_wait), (subprocess, "Popen", InterruptedPopen)]
 )
 def test_an_interrupted_start_leaves_nothing(
     interruption: tuple[Any, str, Any], monkeypatch: pytest.MonkeyPatch

@@ -166,7 +166,7 @@ def test_help_and_version(outrider_: Run) -> None:
     assert "examples:" in out
     flags = "prompt prompt-file target draft max-tokens temperature top-p top-k min-p seed n stop dtype"
     flags += " numerics no-speculation num-speculative-tokens json speculative-config max-model-len"
-    flags += " ignore-eos threads debug"
+    flags += " ignore-eos threads tensor-parallel-size debug"
     for flag in flags.split():
         assert f"--{flag}" in out
     assert "-sc " in out

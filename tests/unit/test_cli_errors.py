@@ -40,6 +40,8 @@ WRONG: list[tuple[list[str], str]] = [
     (["generate", "--prompt", "a", "--n", "0"], "--n must be at least 1, not 0"),
     (["generate", "--prompt", "a", "--stop", ""], "--stop must be non-empty strings, not ''"),
     (["generate", "--prompt", "a", "--threads", "0"], "--threads must be at least 1, not 0"),
+    (["generate", "--prompt", "a", "-tp", "0"], "--tensor-parallel-size must be a positive integer, not 0"),
+    (["generate", "--prompt", "a", "-tp", "4"], "tensor_parallel_size 4 does not divide the model's 6"),
     (["generate", "--prompt", "a", "--numerics", "odd"], "--numerics must be canonical or fast, not 'odd'"),
     (["generate", "--prompt", "a", "--target", "/no/model"], "there is no model folder '/no/model'"),
     (["generate", "--prompt", "a", "-sc", "{"], "must be JSON, and '{' is not"),

@@ -1,0 +1,148 @@
+"""What the leader of a tensor-parallel target has the other ranks do, as plain numbers.
+
+A message is int64 ``[N]``: steps one behind the other, each as its kind, the number of its arrays, their
+lengths and the arrays. Nothing that could run code is ever read.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from outrider.kernels.path_attention import PathKeys
+from outrider.kernels.tree_attention import AttentionGroup
+from outrider.models.batch import Batch
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Run these rows."""
+
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Copy KV entries from slots to slots; int64 ``[entries]`` each."""
+
+    source: torch.Tensor
+    target: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class MakeCache:
+    """Make the cache that the following steps work on."""
+
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """There are no more steps."""
+
+
+Step: TypeAlias = Forward | Move | MakeCache | Stop
+_KINDS: tuple[type[Step], ...] = (Forward, Move, MakeCache, Stop)
+
+
+def encode(steps: Sequence[Step]) -> IntArray:
+    """The message that says to do these, one after the other."""
+    parts: list[IntArray] = []
+    for step in steps:
+        arrays = _arrays(step)
+        parts.append(np.array([_KINDS.index(type(step)), len(arrays), *map(len, arrays)], np.int64))
+        parts += arrays
+    return np.concatenate(parts)
+
+
+def decode(message: IntArray, score_dtype: torch.dtype) -> Iterator[Step]:
+    """The steps of a message; ``score_dtype`` is that of the network's attention."""
+    start = 0
+    while start < len(message):
+        kind, count = message[start : start + 2]
+        lengths = message[start + 2 : start + 2 + count]
+        *arrays, _ = np.split(message[start + 2 + count :], np.cumsum(lengths))
+        yield _step(_KINDS[kind], arrays, score_dtype)
+        start += 2 + count + int(lengths.sum())
+
+
+def _arrays(step: Step) -> list[IntArray]:
+    match step:
+        case Forward(batch):
+            rows = [each.numpy() for each in (batch.tokens, batch.positions, batch.slots)]
+            return [*rows, *_wanted(batch.logit_rows), *_attended(batch.attended)]
+        case Move(source, target):
+            return [source.numpy(), target.numpy()]
+        case MakeCache(num_blocks):
+            return [np.array([num_blocks])]
+        case Stop():
+            return []
+
+
+def _step(kind: type[Step], arrays: Sequence[IntArray], score_dtype: torch.dtype) -> Step:
+    if kind is Forward:
+        return Forward(_batch(arrays, score_dtype))
+    if kind is Move:
+        source, target = map(torch.from_numpy, arrays)
+        return Move(source, target)
+    return MakeCache(int(arrays[0][0])) if kind is MakeCache else Stop()
+
+
+def _batch(arrays: Sequence[IntArray], score_dtype: torch.dtype) -> Batch:
+    tokens, positions, slots, consecutive, wanted, by_path, *attended = arrays
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
+        slots=torch.from_numpy(slots),
+        attended=PathKeys(**dict(zip(_PATH_KEYS, attended, strict=True)))
+        if len(by_path)
+        else [_group(attended[at : at + 5], score_dtype) for at in range(0, len(attended), 5)],
+        logit_rows=slice(*wanted.tolist()) if len(consecutive) else torch.from_numpy(wanted),
+    )
+
+
+_NO: IntArray = np.zeros(0, np.int64)
+_YES: IntArray = np.ones(1, np.int64)
+_PATH_KEYS = [field.name for field in fields(PathKeys)]
+
+
+def _wanted(rows: slice | torch.Tensor) -> list[IntArray]:
+    """Whether they are consecutive, and first and stop or all of them."""
+    if isinstance(rows, slice):
+        return [_YES, np.array([rows.start, rows.stop])]
+    return [_NO, rows.numpy()]
+
+
+def _attended(attended: list[AttentionGroup] | PathKeys) -> list[IntArray]:
+    """Whether these are paths; then the arrays of these, or five of each group."""
+    if isinstance(attended, PathKeys):
+        return [_YES, *(getattr(attended, name) for name in _PATH_KEYS)]
+    return [_NO, *(array for group in attended for array in _of_group(group))]
+
+
+def _of_group(group: AttentionGroup) -> list[IntArray]:
+    everyone = group.rows is None
+    numbers = [group.num_rows, group.padded, everyone]
+    rows = _NO if group.rows is None else group.rows.numpy()
+    visible = (group.tail_mask == 0).flatten().long().numpy()
+    slots = [group.shared.numpy(), group.tail_slots.numpy()]
+    return [np.array(numbers, np.int64), rows, *slots, visible]
+
+
+def _group(arrays: Sequence[IntArray], score_dtype: torch.dtype) -> AttentionGroup:
+    numbers, rows, shared, tail_slots, visible = arrays
+    num_rows, padded, everyone = numbers.tolist()
+    mask = torch.from_numpy(np.where(visible, 0.0, -np.inf)).to(score_dtype)
+    return AttentionGroup(
+        rows=None if everyone else torch.from_numpy(rows),
+        num_rows=num_rows,
+        padded=padded,
+        shared=torch.from_numpy(shared),
+        tail_slots=torch.from_numpy(tail_slots),
+        tail_mask=mask.view(num_rows, 1, -1),
+    )
