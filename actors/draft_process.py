@@ -24,16 +24,23 @@ session whose ``Close`` was missed is forgotten after a while.
 class DraftProcess:
     """Serves targets with one worker. Everything that the worker sees happens on ``run``'s thread.
 
-    port: 0 takes a free one; ``address`` tells which.
+    port: 0 takes a free one; ``address`` tells which. at_end: called when ``run`` has ended.
 
     Raises:
         InvalidConfigError: see ``DraftServer``.
     """
 
     def __init__(
-        self, worker: DraftWorker, welcome: Welcome, *, host: str, port: int, security: Security
+        self,
+        worker: DraftWorker,
+        welcome: Welcome,
+        *,
+        host: str,
+        port: int,
+        security: Security,
+        at_end: Callable[[], None] = lambda: None,
     ) -> None:
-        self._worker = worker
+        self._worker, self._at_end = worker, at_end
         self.model = welcome.model
         """The draft model's name."""
         self._events: deque[Callable[[], None]] = deque()
@@ -59,6 +66,7 @@ class DraftProcess:
         finally:
             self._io.run(self._server.stop(GRACE_SECONDS))
             self._io.close()
+            self._at_end()
         self._worker.statistics.ended_at = time.perf_counter()
         return self._worker.statistics
 

@@ -96,19 +96,13 @@ class TargetConfig(Resources):
         except InvalidConfigError as error:
             raise ValueError(str(error).removeprefix("kv_cache_memory ")) from None
 
-    @field_validator("tensor_parallel_size")
-    @classmethod
-    def _one_rank(cls, value: int) -> int:
-        if value > 1:
-            raise ValueError("must be 1: targets of several ranks are not supported yet")
-        return value
-
 
 class DraftPoolConfig(Resources):
     """``replicas`` draft workers with a model, or a ``method`` that drafts beside the target.
 
     name: of the pool; its workers are NAME-0, NAME-1, ... model: as the target's.
-    method: ``draft_model``, the default, or ``ngram``, which takes no process.
+    method: ``draft_model``, the default, or ``ngram``, which takes no process. tensor_parallel_size:
+        processes that share a worker's model and its CPUs.
     """
 
     name: str = Field(default="draft", pattern=_NAME)
@@ -118,6 +112,7 @@ class DraftPoolConfig(Resources):
     dtype: Dtype = "auto"
     max_model_len: int | None = Field(default=None, ge=1)
     max_sessions: int = Field(default=16, ge=1, le=4096)
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
 
     @model_validator(mode="after")
     def _fits_method(self) -> "DraftPoolConfig":

@@ -2,13 +2,14 @@
 
 import os
 import time
+from contextlib import ExitStack
 
 from outrider.actors.draft_engine import ModelDraftEngine, session_blocks
 from outrider.actors.draft_process import DraftProcess
 from outrider.actors.draft_worker import DraftWorker
 from outrider.actors.model_runner import ModelRunner
 from outrider.actors.security import Security
-from outrider.models.loader import load_model
+from outrider.cluster.loading import check_ranks, open_network
 from outrider.models.numerics import Numerics
 from outrider.speculation.errors import InvalidConfigError
 from outrider.speculation.replication.messages import PROTOCOL_VERSION, Welcome
@@ -22,6 +23,7 @@ def make_draft_process(
     dtype: str,
     max_model_len: int | None,
     max_sessions: int,
+    tensor_parallel_size: int = 1,
     host: str,
     port: int,
     name: str | None,
@@ -29,6 +31,7 @@ def make_draft_process(
 ) -> DraftProcess:
     """Loads the draft model and listens for targets.
 
+    tensor_parallel_size: processes that share the model, this one the first of them.
     name: what accepted tokens are attributed to; ``draft-PID`` by default.
 
     Raises:
@@ -37,9 +40,17 @@ def make_draft_process(
     """
     if max_sessions < 1:
         raise InvalidConfigError(f"max_sessions must be at least 1, not {max_sessions}")
-    loaded = load_model(model, dtype=dtype, numerics=Numerics.FAST, max_model_len=max_model_len)
-    room = max_sessions * session_blocks(loaded.decoder.max_model_len)
-    runner = ModelRunner(loaded.decoder, num_blocks=room)
+    check_ranks(tensor_parallel_size)
+    opened = ExitStack()
+    loaded, network = open_network(
+        opened,
+        model,
+        tensor_parallel_size,
+        dtype=dtype,
+        numerics=Numerics.FAST,
+        max_model_len=max_model_len,
+    )
+    runner = ModelRunner(network, num_blocks=max_sessions * session_blocks(network.max_model_len))
     engine = ModelDraftEngine(runner, vocab_size=loaded.vocab_size)
     welcome = Welcome(
         protocol_version=PROTOCOL_VERSION,
@@ -52,4 +63,8 @@ def make_draft_process(
         max_sessions=max_sessions,
     )
     worker = DraftWorker(engine, clock=time.perf_counter)
-    return DraftProcess(worker, welcome, host=host, port=port, security=security)
+    try:
+        return DraftProcess(worker, welcome, host=host, port=port, security=security, at_end=opened.close)
+    except BaseException:
+        opened.close()
+        raise

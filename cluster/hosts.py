@@ -80,6 +80,7 @@ class DraftHost(Host):
             dtype=pool.dtype,
             max_model_len=pool.max_model_len,
             max_sessions=pool.max_sessions,
+            tensor_parallel_size=pool.tensor_parallel_size,
             host=host,
             port=0,
             name=settings.name,
@@ -96,11 +97,60 @@ class DraftHost(Host):
         self._process.stop()
 
 
+class RankHost(Host):
+    """A rank of a target that follows its rank 0, a ``TargetHost`` on the same node."""
+
+    async def start(self, settings: TargetSettings, rank: int, port: int) -> None:
+        """Joins the group whose store is at ``port``, loads its part of the model and begins to follow.
+
+        Raises:
+            TargetGroupError: the others did not come.
+            ModelError: its part cannot be loaded.
+        """
+        import torch
+
+        log_as(f"{settings.name}/{rank}")
+        from outrider.actors.target_worker import follow
+        from outrider.cluster.target_rank import RankSettings, join
+        from outrider.models.parallel import LOOPBACK
+
+        target = settings.config.target
+        torch.set_num_threads(target.num_threads)
+        rank_of_group = await asyncio.to_thread(
+            join,
+            RankSettings(
+                rank=rank,
+                size=target.tensor_parallel_size,
+                host=LOOPBACK,
+                port=port,
+                model=target.model,
+                dtype=target.dtype,
+                numerics=target.numerics,
+                max_model_len=target.max_model_len,
+                threads=target.num_threads,
+            ),
+        )
+
+        # Rank 0 runs its first steps before it is ready.
+        self._following = asyncio.ensure_future(asyncio.to_thread(follow, *rank_of_group))
+
+    async def serve(self) -> None:
+        """Ends or raises with the group."""
+        await self._following
+
+
 class TargetHost(Host):
     """One target: an engine, and streams of steps to whoever asked for text."""
 
+    async def open_group(self) -> int:
+        """Opens the store in which the ranks of a group find each other; its port on this node."""
+        from outrider.models.parallel import open_store
+
+        self._store = await asyncio.to_thread(open_store)
+        return int(self._store.port)
+
     async def start(self, settings: TargetSettings) -> None:
-        """Loads the model.
+        """Loads the model. With several ranks ``open_group`` comes before, and theirs start meanwhile.
 
         Raises:
             ModelError: the model cannot be loaded.
@@ -180,13 +230,16 @@ class TargetHost(Host):
         from outrider.actors.running_batch import RunningBatch
         from outrider.cluster.cluster_security import TOKEN_VARIABLE
         from outrider.cluster.llm import LLM
+        from outrider.models.parallel import RankGroup
 
         target = settings.config.target
         torch.set_num_threads(target.num_threads)
         if settings.security.token is not None:
             os.environ[TOKEN_VARIABLE] = settings.security.token
+        size = target.tensor_parallel_size
         self._llm = LLM(
             target.model,
+            ranks=None if size == 1 else RankGroup(self._store, 0, size),
             speculative_config=settings.config.speculative_config(settings.addresses),
             **target.engine_settings,
         )

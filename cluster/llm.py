@@ -17,12 +17,13 @@ from outrider.actors.model_runner import ModelRunner
 from outrider.actors.running_batch import RunningBatch, Ticket
 from outrider.actors.target_engine import TargetEngine, TargetModel
 from outrider.cluster.generation import OnStep, Prompt, TextGenerator
+from outrider.cluster.loading import check_sizes, load_target, open_network, step_costs
 from outrider.cluster.remote_drafting import RemoteDrafters
 from outrider.cluster.speculative_config import SpeculativeConfig
-from outrider.cluster.target_loading import check_sizes, load_target, step_costs
 from outrider.models.demo import pair
-from outrider.models.loader import context_length, load_model
+from outrider.models.loader import context_length
 from outrider.models.numerics import MAX_ROWS, Numerics
+from outrider.models.parallel import RankGroup
 from outrider.models.tokenizer import IncrementalDetokenizer, Tokenizer, check_same_vocabulary
 from outrider.speculation.errors import InvalidConfigError, InvalidRequestError, VocabularyMismatchError
 from outrider.speculation.pipelines.costs import CostEstimates
@@ -56,7 +57,8 @@ class LLM(TextGenerator):
         there; None measures them at each start, for up to two seconds.
     seed: seeds the requests that bring none; None draws fresh ones.
     tensor_parallel_size: processes that hold a part of the target each, this one the first of them; they
-        share PyTorch's threads.
+        share PyTorch's threads. ranks: instead, the group of those that have been started already, in
+        which this process is rank 0.
 
     Processes that it started, draft workers and ranks of the target, end with it: at ``close``, at the
     end of a ``with`` block, or when it is collected.
@@ -84,6 +86,7 @@ class LLM(TextGenerator):
         target_profile: str | None = None,
         seed: int | None = None,
         tensor_parallel_size: int = 1,
+        ranks: RankGroup | None = None,
     ) -> None:
         if model is None and speculative_config is None:
             speculative_config = {"model": str(pair.DRAFT)}
@@ -105,7 +108,7 @@ class LLM(TextGenerator):
             self.model, runner = load_target(
                 opened,
                 str(pair.TARGET) if model is None else model,
-                tensor_parallel_size=tensor_parallel_size,
+                ranks or tensor_parallel_size,
                 max_num_seqs=max_num_seqs,
                 max_nodes=shape.num_speculative_tokens,
                 kv_cache_memory=kv_cache_memory,
@@ -121,7 +124,7 @@ class LLM(TextGenerator):
                 self.workers = RemoteDrafters(config, self.model, dtype=dtype, numerics=str(kind))
                 opened.callback(self.workers.close)
             elif config is not None:
-                local = self._make_drafting(config, dtype, enable_prefix_caching)
+                local = self._make_drafting(opened, config, dtype, enable_prefix_caching)
         except BaseException:
             self.close()
             raise
@@ -229,7 +232,9 @@ class LLM(TextGenerator):
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
         return text, np.array(ids, np.int64)
 
-    def _make_drafting(self, config: SpeculativeConfig, dtype: str, prefix_caching: bool) -> DraftEngine:
+    def _make_drafting(
+        self, opened: ExitStack, config: SpeculativeConfig, dtype: str, prefix_caching: bool
+    ) -> DraftEngine:
         if config.method == "ngram":
             return NgramEngine(
                 prompt_lookup_min=config.prompt_lookup_min,
@@ -238,14 +243,21 @@ class LLM(TextGenerator):
             )
         assert config.model is not None
         limit = min(config.max_model_len or self.model.decoder.max_model_len, context_length(config.model))
-        draft = load_model(config.model, dtype=dtype, numerics=Numerics.FAST, max_model_len=limit)
+        draft, network = open_network(
+            opened,
+            config.model,
+            config.draft_tensor_parallel_size,
+            dtype=dtype,
+            numerics=Numerics.FAST,
+            max_model_len=limit,
+        )
         check_same_vocabulary(self.model.tokenizer, draft.tokenizer)
         if draft.vocab_size < self.model.vocab_size:
             raise VocabularyMismatchError(
                 f"the draft's head has {draft.vocab_size} tokens, the target's {self.model.vocab_size}"
             )
         runner = ModelRunner(
-            draft.decoder,
+            network,
             num_blocks=self.max_num_seqs * session_blocks(limit),
             prefix_caching=prefix_caching,
         )

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from outrider.actors.security import Security
 from outrider.cluster.cluster_config import ClusterConfig, DraftPoolConfig, Resources
 from outrider.cluster.controller import Reports, is_lasting
-from outrider.cluster.hosts import DraftHost, DraftSettings, TargetHost, TargetSettings
+from outrider.cluster.hosts import DraftHost, DraftSettings, RankHost, TargetHost, TargetSettings
 from outrider.cluster.placement import Need
 from outrider.cluster.supervisor import Role
 from outrider.speculation.errors import OutriderError
@@ -90,7 +90,7 @@ class RayLauncher:
                 reports.unplaced(_waiting_line(need))
                 await group.ready()
             ranks = [
-                _actor(TargetHost, need.each)
+                _actor(RankHost if index else TargetHost, need.each)
                 .options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, index))
                 .remote()
                 for index in range(need.ranks)
@@ -99,7 +99,10 @@ class RayLauncher:
             settings = TargetSettings(
                 name=need.name, config=self._config, security=self._security, addresses=addresses
             )
-            await self._in_time(asyncio.gather(*(rank.start.remote(settings) for rank in ranks)))
+            first, *others = ranks
+            port = await first.open_group.remote() if others else 0
+            starts = [rank.start.remote(settings, number, port) for number, rank in enumerate(others, 1)]
+            await self._in_time(asyncio.gather(first.start.remote(settings), *starts))
             reports.serving(_RayTarget(ranks[0]))
             # One lost rank is the end of all: none of them can go on alone.
             await asyncio.gather(*(rank.serve.remote() for rank in ranks))

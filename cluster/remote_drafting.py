@@ -124,4 +124,5 @@ def _worker_arguments(
     assert config.model is not None
     limit = min(config.max_model_len or model.decoder.max_model_len, context_length(config.model))
     arguments = ["--draft", config.model, "--dtype", dtype, "--max-sessions", str(workers.max_sessions)]
+    arguments += ["--tensor-parallel-size", str(config.draft_tensor_parallel_size)]
     return [*arguments, "--max-model-len", str(limit), "--threads", str(workers.threads)]

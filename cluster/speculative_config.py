@@ -20,6 +20,7 @@ class SpeculativeConfig:
 
     method: ``draft_model`` or ``ngram``.
     model: folder or hub id of the draft model.
+    draft_tensor_parallel_size: processes that share the draft model, where this process starts it.
     num_speculative_tokens: most draft tokens that one target step verifies.
     prompt_lookup_min, prompt_lookup_max: lengths of the n-grams that ``ngram`` looks up.
     max_model_len: limit of the draft model's context; the target's by default.
@@ -33,6 +34,7 @@ class SpeculativeConfig:
 
     method: str = "draft_model"
     model: str | None = None
+    draft_tensor_parallel_size: int = 1
     num_speculative_tokens: int = DEFAULT_SPECULATIVE_TOKENS
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 4
@@ -67,7 +69,10 @@ class SpeculativeConfig:
         return TreeShape(num_speculative_tokens=self.num_speculative_tokens, **self.tree)
 
     def _check(self) -> None:
-        for name in ("num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max", "max_model_len"):
+        for name in (
+            "draft_tensor_parallel_size", "num_speculative_tokens", "prompt_lookup_min", "prompt_lookup_max",
+            "max_model_len",
+        ):  # fmt: skip
             value = getattr(self, name)
             wrong = isinstance(value, bool) or not isinstance(value, int) or value < 1
             if wrong and not (name == "max_model_len" and value is None):

@@ -9,16 +9,18 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from outrider.actors.target_worker import follow
 from outrider.cluster.child import stop_at_end_of_input
+from outrider.models.decoder import Decoder
 from outrider.models.decoder_loader import load_decoder
 from outrider.models.numerics import Numerics
 from outrider.models.parallel import RankGroup, find_store
+from outrider.models.resolve import resolve_model
 from outrider.speculation.errors import OutriderError
 
 
@@ -30,32 +32,40 @@ class RankSettings:
     size: int
     host: str
     port: int
-    folder: str
+    model: str
     dtype: str
     numerics: str
     max_model_len: int | None
     threads: int
 
 
-def serve(settings: RankSettings) -> None:
-    """Joins the group, loads this rank's part and follows.
+def join(settings: RankSettings, on_found: Callable[[], None] = lambda: None) -> tuple[Decoder, RankGroup]:
+    """Joins the group and loads this rank's part of the model.
+
+    on_found: called when rank 0 has been found.
 
     Raises:
         TargetGroupError: another rank is gone.
         ModelError: this rank's part cannot be loaded.
     """
-    torch.set_num_threads(settings.threads)
+    folder = resolve_model(settings.model)
     store = find_store(settings.host, settings.port)
-    print("ready", flush=True)
+    on_found()
     ranks = RankGroup(store, settings.rank, settings.size, host=settings.host)
     decoder = load_decoder(
-        Path(settings.folder),
+        folder,
         dtype=settings.dtype,
         numerics=Numerics(settings.numerics),
         max_model_len=settings.max_model_len,
         ranks=ranks,
     )
-    follow(decoder, ranks)
+    return decoder, ranks
+
+
+def serve(settings: RankSettings) -> None:
+    """Joins and follows; errors as for ``join``."""
+    torch.set_num_threads(settings.threads)
+    follow(*join(settings, lambda: print("ready", flush=True)))
 
 
 def main() -> None:

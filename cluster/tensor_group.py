@@ -54,7 +54,7 @@ class LocalRanks:
         share = max(1, self._threads // size)
         store = open_store()
         settings = RankSettings(
-            rank=0, size=size, host=LOOPBACK, port=store.port, folder=str(folder), dtype=dtype,
+            rank=0, size=size, host=LOOPBACK, port=store.port, model=str(folder), dtype=dtype,
             numerics=str(numerics), max_model_len=max_model_len, threads=share,
         )  # fmt: skip
         try:

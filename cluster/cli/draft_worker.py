@@ -54,6 +54,14 @@ def register(commands: Commands) -> None:
         help="requests drafted for at once; default 16",
     )
     add("--threads", metavar="N", type=integer, default=1, help="CPU threads; default 1")
+    add(
+        "-tp",
+        "--tensor-parallel-size",
+        metavar="N",
+        type=integer,
+        default=1,
+        help="processes that share the model and its threads; default 1",
+    )
     add("--tls-certificate", metavar="FILE", help="PEM certificate; with it the worker speaks TLS only")
     add("--tls-key", metavar="FILE", help="PEM key of the certificate")
     add("--tls-ca", metavar="FILE", help="PEM authorities; targets must show a certificate from one of them")
@@ -91,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         max_model_len=arguments.max_model_len,
         max_sessions=arguments.max_sessions,
+        tensor_parallel_size=arguments.tensor_parallel_size,
         host=arguments.host,
         port=arguments.port,
         name=arguments.name,

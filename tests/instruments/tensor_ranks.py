@@ -46,7 +46,7 @@ class RankServers:
         """A runner whose network ``size`` ranks hold; afterwards they are free for another."""
         store = open_store()
         settings = RankSettings(
-            rank=0, size=size, host=LOOPBACK, port=store.port, folder=str(folder), dtype=dtype,
+            rank=0, size=size, host=LOOPBACK, port=store.port, model=str(folder), dtype=dtype,
             numerics=str(numerics), max_model_len=None, threads=1,
         )  # fmt: skip
         others = self._processes[: size - 1]

@@ -231,6 +231,27 @@ def test_another_target_goes_on_where_one_died(beside: Any, alone: LLM, long_ans
         assert answers(done) == written(alone, SAMPLED) * 2
 
 
+def test_a_target_of_two_ranks_is_rebuilt_when_one_dies(beside: Any) -> None:
+    """What it writes is what two ranks write anywhere, before and after."""
+    with LLM(tensor_parallel_size=2) as alone:
+        (long_answer,) = alone.generate(PROMPTS[1], LONG)
+        expected = written(alone, SAMPLED)
+    target = {**LITTLE, "tensor_parallel_size": 2}
+    with beside({"name": "ranks", "target": target, "draft": LITTLE, "speculation": PATIENT}) as cluster:
+        assert written(cluster, SAMPLED, speculative=True) == expected
+        steps = cluster.stream(PROMPTS[1], LONG)
+        next(steps)
+        old = row_of(cluster, "target-0")
+        assert len(old["places"]) == 2
+        os.kill(old["places"][1]["pid"], signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(TargetLostError, match=r"^target-0 died with 1 requests? in flight"):
+            list(steps)
+        assert time.monotonic() - began < 2
+        assert back(cluster, old)
+        assert "".join(step.text for step in cluster.stream(PROMPTS[1], LONG)) == long_answer.outputs[0].text
+
+
 def test_a_cluster_that_can_never_fit_is_refused_at_once(beside: Any) -> None:
     began = time.monotonic()
     with pytest.raises(ClusterError, match=r"^target-0 needs 1 CPU, 64 GPU on one node; left are: .* 0 GPU$"):

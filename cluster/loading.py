@@ -1,4 +1,4 @@
-"""A target's network, its memory and what its steps cost, as settings ask for it."""
+"""Networks of one rank or several, a target's memory and what its steps cost, as settings ask for it."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -6,10 +6,12 @@ from typing import Any
 
 from outrider.actors.model_runner import ModelRunner
 from outrider.actors.step_times import measured_step_times, saved_step_times
+from outrider.actors.target_worker import Network, TargetLeader
 from outrider.cluster.kv_memory import kv_blocks
 from outrider.cluster.tensor_group import LocalRanks
 from outrider.models.loader import LoadedModel, load_model
 from outrider.models.numerics import MAX_ROWS
+from outrider.models.parallel import RankGroup
 from outrider.speculation.errors import InvalidConfigError
 from outrider.speculation.pipelines.costs import CostEstimates
 from outrider.speculation.step_cost import StepCostModel
@@ -26,15 +28,48 @@ def check_sizes(max_num_seqs: int, max_num_batched_tokens: int, tensor_parallel_
             f"max_num_seqs must be from 1 to {max_num_batched_tokens}, the rows of a forward, "
             f"not {max_num_seqs!r}"
         )
+    check_ranks(tensor_parallel_size)
+
+
+def check_ranks(tensor_parallel_size: int) -> None:
+    """Raises InvalidConfigError where there cannot be so many."""
     if isinstance(tensor_parallel_size, bool) or not tensor_parallel_size >= 1:
         raise InvalidConfigError(f"tensor_parallel_size must be at least 1, not {tensor_parallel_size!r}")
+
+
+def open_network(
+    opened: ExitStack, model: str, ranks: int | RankGroup, **settings: Any
+) -> tuple[LoadedModel, Network]:
+    """A model, of several ranks its first part, and what runs all of it.
+
+    opened: gets what has to be closed. ranks: how many, the others being started here, or the group in
+    which this process is rank 0. settings: as for ``load_model``.
+
+    Raises:
+        WorkerError: a rank cannot be started.
+        TargetGroupError: a rank ended before it was ready.
+        ModelError: the model cannot be loaded.
+        InvalidConfigError: a setting is not possible.
+    """
+    if ranks == 1:
+        loaded = load_model(model, **settings)
+        return loaded, loaded.decoder
+    if isinstance(ranks, RankGroup):
+        loaded = load_model(model, ranks=ranks, **settings)
+        leader = TargetLeader(loaded.decoder, ranks)
+        opened.callback(leader.stop)
+        return loaded, leader
+    local = LocalRanks(model, ranks, **settings)
+    opened.callback(local.close)
+    assert local.leader is not None
+    return local.model, local.leader
 
 
 def load_target(
     opened: ExitStack,
     model: str,
+    ranks: int | RankGroup,
     *,
-    tensor_parallel_size: int,
     max_num_seqs: int,
     max_nodes: int,
     kv_cache_memory: int | str | None,
@@ -42,25 +77,18 @@ def load_target(
     enable_prefix_caching: bool,
     **settings: Any,
 ) -> tuple[LoadedModel, ModelRunner]:
-    """The model, of several ranks its first part, and what runs it.
+    """The model and what runs it, with its memory.
 
-    opened: gets what has to be closed. max_nodes: of one request's tree. settings: as for ``load_model``.
-    The rest is as for ``LLM``, as are the errors.
+    max_nodes: of one request's tree. The rest as for ``open_network`` and ``LLM``, as are the errors.
     """
-    if tensor_parallel_size == 1:
-        loaded = load_model(model, **settings)
-        network: Any = loaded.decoder
-    else:
-        ranks = LocalRanks(model, tensor_parallel_size, **settings)
-        opened.callback(ranks.close)
-        loaded, network = ranks.model, ranks.leader
+    loaded, network = open_network(opened, model, ranks, **settings)
     num_blocks = kv_blocks(
         loaded.decoder,
         max_num_seqs=max_num_seqs,
         max_nodes=max_nodes,
         kv_cache_memory=kv_cache_memory,
         gpu_memory_utilization=gpu_memory_utilization,
-        processes=tensor_parallel_size,
+        processes=ranks.size if isinstance(ranks, RankGroup) else ranks,
     )
     return loaded, ModelRunner(network, num_blocks=num_blocks, prefix_caching=enable_prefix_caching)
 
