@@ -9,7 +9,7 @@ import torch
 from outrider.actors.drafting import DraftSession
 from outrider.actors.runner import TreeQuery
 from outrider.speculation.errors import ModelError, OutOfBlocksError
-from outrider.speculation.pipelines.actions import Grow, Verify, Wait
+from outrider.speculation.pipelines.actions import Verify, Wait
 from outrider.speculation.request import Request, StepOutput
 from outrider.speculation.sampling import NO_TOKEN, LogitProcessor, TokenChooser, row_positions
 from outrider.speculation.statistics import SpeculationStatistics
@@ -24,18 +24,10 @@ log = logging.getLogger(__name__)
 
 
 class Pipeline(Protocol):
-    """One request's decisions; see ``speculation/pipelines``."""
+    """One request's decisions with a drafter in another process; see ``speculation/pipelines``."""
 
-    def decide(self, draft: DraftSession, now: float) -> Grow | Wait | Verify:
-        """The next action; asked again after each one but ``Verify``."""
-        ...
-
-    def observe_growth(self, rows: int, seconds: float) -> None:
-        """What a ``Grow`` computed for the request, and its share of the time."""
-        ...
-
-    def observe_verdict(self, verdict: Verdict, parents_with_children: int, expected: float) -> None:
-        """What a verification brought."""
+    def decide(self, draft: Any, now: float) -> Wait | Verify:
+        """The next action; asked again after each ``Wait``."""
         ...
 
 
@@ -57,7 +49,7 @@ class RequestRun:
             params, request.prompt_ids, target.vocab_size, ending_ids(params, target.eos_ids)
         )
         self._chooser = TokenChooser(params, request.choice)
-        self._pipeline: Pipeline = engine.make_pipeline(request)
+        self._pipeline = engine.make_pipeline(request)
         self.stats = SpeculationStatistics()
         self.finished = False
         self.error: ModelError | None = None
@@ -149,25 +141,21 @@ class RequestRun:
         return self._stop.text
 
     @property
-    def draft(self) -> DraftSession:
-        """Its drafting, which whoever asked for ``Grow`` has."""
-        assert self._draft is not None
-        return self._draft
-
-    def decide(self, now: float) -> Grow | Wait | Verify:
-        """What its pipeline wants next."""
+    def draft(self) -> DraftSession | None:
+        """Its drafting, where it can help with the step to come."""
         # The last token is the target's own whatever is drafted.
-        if self._draft is None or self._length + 1 >= self._limit:
-            return Verify(0)
-        return self._pipeline.decide(self._draft, now)
+        return None if self._length + 1 >= self._limit else self._draft
 
-    def observe_growth(self, rows: int, seconds: float) -> bool:
-        """Counts a draft step; whether there can be something to verify, or more to grow."""
-        self._pipeline.observe_growth(rows, seconds)
+    def decide(self, now: float) -> Wait | Verify:
+        """What its pipeline wants next."""
+        draft = self.draft
+        return Verify(0) if draft is None else self._pipeline.decide(draft, now)
+
+    def observe_growth(self, rows: int, seconds: float) -> None:
+        """Counts a draft step in this process, of which this request's share took so long."""
         self.stats.draft_steps += 1
         self.stats.draft_rows += rows
         self.stats.draft_seconds += seconds
-        return not np.array_equal(self.draft.tree.frontier(1), [ROOT])
 
     def best_scores(self, budget: int) -> FloatArray:
         """Path scores of the ``budget`` best nodes, best first."""
@@ -212,8 +200,12 @@ class RequestRun:
                 num_accepted_tokens=verdict.num_accepted_tokens,
                 drafter=self._draft.name,
             )
-            with_children = np.isin(np.append(verdict.accepted, ROOT), tree.parent_indices)
-            self._pipeline.observe_verdict(verdict, int(with_children.sum()), float(tree.scores.sum()))
+            hits, costs = verdict.num_accepted_tokens, self._engine.costs
+            if len(tree):
+                with_children = np.isin(np.append(verdict.accepted, ROOT), tree.parent_indices)
+                costs.observe_verdict(hits, int(with_children.sum()), float(tree.scores.sum()))
+            else:
+                costs.observe_verdict(0, 0, 0.0)
 
     def commit(self, tree: DraftTree, verdict: Verdict) -> StepOutput:
         """Makes the accepted path and the target's token part of the text."""

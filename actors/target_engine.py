@@ -12,10 +12,11 @@ from outrider.actors.request_run import Pipeline, RequestRun
 from outrider.actors.runner import AnySequence, TargetRunner
 from outrider.actors.scheduler import share_rows
 from outrider.models.numerics import MAX_ROWS
-from outrider.speculation.pipelines.actions import Grow, Verify
+from outrider.speculation.pipelines.actions import Verify
 from outrider.speculation.pipelines.costs import CostEstimates
+from outrider.speculation.pipelines.parallel import ParallelPipeline
 from outrider.speculation.pipelines.registry import PIPELINES
-from outrider.speculation.pipelines.serial import SerialPipeline
+from outrider.speculation.pipelines.serial import SerialRound
 from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.request import Request, StepOutput
 from outrider.speculation.selection import share_budget
@@ -70,7 +71,7 @@ class TargetEngine:
 
     drafting: opens a draft session per request. remote: takes in what drafters in other
     processes have sent; the same object as ``drafting`` where these are used.
-    make_pipeline: one for each request that names none; ``serial`` in one process by default.
+    make_pipeline: one for each request that names none, where drafters are in other processes.
     costs: what steps take, as far as it is known beforehand. max_rows: of one forward.
     """
 
@@ -82,7 +83,7 @@ class TargetEngine:
         drafting: DraftEngine | None,
         shape: TreeShape,
         remote: RemoteDrafting | None = None,
-        make_pipeline: MakePipeline = SerialPipeline,
+        make_pipeline: MakePipeline = ParallelPipeline,
         costs: CostEstimates | None = None,
         max_rows: int = MAX_ROWS,
         clock: Clock = time.perf_counter,
@@ -96,7 +97,7 @@ class TargetEngine:
         self._busy = (0.0, 0.0)
 
     def make_pipeline(self, request: Request) -> Pipeline:
-        """A new request's."""
+        """A new request's, where drafters are in other processes."""
         make: MakePipeline = self._make_pipeline if request.pipeline is None else PIPELINES[request.pipeline]
         pipeline: Pipeline = make(self.shape, self.costs)
         return pipeline
@@ -135,13 +136,36 @@ class TargetEngine:
         """What to verify for requests whose last tokens are cached in this step, beside the text."""
         if not runs:
             return []
+        if isinstance(self.drafting, LocalDraftEngine):
+            budgets = self._drafted_here(runs, text_rows, self.drafting)
+        else:
+            budgets = self._drafted_elsewhere(runs, text_rows)
+        return [run.select(budget) for run, budget in zip(runs, budgets, strict=True)]
+
+    def _drafted_here(
+        self, runs: Sequence[RequestRun], text_rows: int, drafting: LocalDraftEngine
+    ) -> list[int]:
+        """Has trees grow while that pays; most nodes of each to verify."""
+        drafts = [run.draft for run in runs]
+        trees = [None if draft is None else draft.tree for draft in drafts]
+        this_round = SerialRound(self.shape, self.costs, trees, text_rows)
+        while growers := this_round.growers():
+            began = self.clock()
+            rows = drafting.grow([drafts[index] for index in growers], self.shape.width)
+            seconds = self.clock() - began
+            this_round.observe_growth(growers, rows, seconds)
+            total = max(1, sum(rows))
+            for index, count in zip(growers, rows, strict=True):
+                runs[index].observe_growth(count, seconds * count / total)
+        return this_round.budgets()
+
+    def _drafted_elsewhere(self, runs: Sequence[RequestRun], text_rows: int) -> list[int]:
+        """Waits for drafters in other processes where that pays; most nodes of each to verify."""
         budgets = self._decide(runs)
         if len(runs) == 1:
-            budgets = [min(budgets[0], self.max_rows - text_rows)]
-        else:
-            scores = [run.best_scores(budget) for run, budget in zip(runs, budgets, strict=True)]
-            budgets = share_budget(scores, self.costs.curve(self.max_rows), text_rows - len(runs))
-        return [run.select(budget) for run, budget in zip(runs, budgets, strict=True)]
+            return [min(budgets[0], self.max_rows - text_rows)]
+        scores = [run.best_scores(budget) for run, budget in zip(runs, budgets, strict=True)]
+        return share_budget(scores, self.costs.curve(self.max_rows), text_rows - len(runs))
 
     def _decide(self, runs: Sequence[RequestRun]) -> list[int]:
         """Most nodes that each request wants verified."""
@@ -149,38 +173,17 @@ class TargetEngine:
         budgets: dict[RequestRun, int] = {}
         while True:
             self._take_growth()
-            growing, deadlines = dict[int, list[RequestRun]](), []
+            deadlines = []
             for run in runs:
-                if run in budgets:
-                    continue
-                action = run.decide(self.clock())
-                if isinstance(action, Verify):
-                    budgets[run] = action.budget
-                elif isinstance(action, Grow):
-                    growing.setdefault(action.width, []).append(run)
-                else:
-                    deadlines.append(action.until)
-            for width, together in growing.items():
-                # A text that is taken in piece by piece holds up nobody.
-                budgets.update(dict.fromkeys(self._grow(together, width), 0))
-            if not growing and not deadlines:
+                if run not in budgets:
+                    action = run.decide(self.clock())
+                    if isinstance(action, Verify):
+                        budgets[run] = action.budget
+                    else:
+                        deadlines.append(action.until)
+            if not deadlines:
                 return [budgets[run] for run in runs]
-            if not growing:
-                self._hold_back([run for run in runs if run not in budgets], min(deadlines))
-
-    def _grow(self, runs: Sequence[RequestRun], width: int) -> list[RequestRun]:
-        """One draft step of all these in this process; returns whose texts it could not take in yet."""
-        assert isinstance(self.drafting, LocalDraftEngine), "only drafters in this process are told to grow"
-        began = self.clock()
-        rows = self.drafting.grow([run.draft for run in runs], width)
-        seconds, total = self.clock() - began, max(1, sum(rows))
-        self.costs.observe_local_draft_step(total, seconds)
-        shares = [seconds * count / total if sum(rows) else seconds / len(runs) for count in rows]
-        return [
-            run
-            for run, count, share in zip(runs, rows, shares, strict=True)
-            if not run.observe_growth(count, share)
-        ]
+            self._hold_back([run for run in runs if run not in budgets], min(deadlines))
 
     def _take_growth(self) -> None:
         if self._remote is not None:

@@ -28,7 +28,6 @@ from outrider.models.tokenizer import IncrementalDetokenizer, Tokenizer, check_s
 from outrider.speculation.errors import InvalidConfigError, InvalidRequestError, VocabularyMismatchError
 from outrider.speculation.pipelines.costs import CostEstimates
 from outrider.speculation.pipelines.registry import PIPELINES
-from outrider.speculation.pipelines.serial import SerialPipeline
 from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.request import Completion, Request, StepOutput
 from outrider.speculation.sampling_params import SamplingParams
@@ -140,7 +139,7 @@ class LLM(TextGenerator):
             drafting=local or pool,
             remote=pool,
             shape=shape,
-            make_pipeline=SerialPipeline if config is None or pool is None else PIPELINES[config.pipeline],
+            make_pipeline=PIPELINES["parallel" if config is None or pool is None else config.pipeline],
             costs=costs,
             max_rows=max_num_batched_tokens,
         )

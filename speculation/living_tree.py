@@ -13,6 +13,7 @@ DROPPED = -2
 """In place of a slot: the node is not in the tree (too deep, or pushed out by better ones)."""
 
 DEFAULT_CAPACITY = 512
+_NONE: IntArray = np.zeros(0, np.int64)
 SMALLEST_SCORE = 1e-30
 """Floor of path scores: dividing by a new root's score stays safe and keeps the order."""
 
@@ -132,6 +133,11 @@ class LivingTree(TreeSlots):
             self._require_members(members)
             self._expanded[members] = True
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether there is only the root, which has not been expanded."""
+        return not len(self) and not self._expanded[ROOT]
+
     def frontier(self, width: int) -> IntArray:
         """At most ``width`` unexpanded nodes, int64, best first; ``ROOT`` while unexpanded.
 
@@ -172,6 +178,8 @@ class LivingTree(TreeSlots):
         root is unexpanded.
         """
         ids = np.asarray(committed, np.int64).tolist()
+        if self.is_bare:
+            return Reroot(path_slots=_NONE, kept_slots=_NONE, num_committed=len(ids))
         path = self._walk(ids)
         path_slots = np.array(path, np.int64)
         if len(path) < len(ids):

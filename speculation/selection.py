@@ -1,6 +1,6 @@
-"""How many nodes to verify, and whether to let the drafter grow once more first.
+"""How many nodes to verify.
 
-Both questions maximise expected tokens per second of one target step. With path scores
+The question is for the most expected tokens per second of target steps. With path scores
 ``s`` (best first), a step over the n best nodes yields ``1 + s_1 + ... + s_n`` tokens on
 average (OPT-Tree, Wang et al.; the 1 is the target's own token).
 """
@@ -53,11 +53,14 @@ def share_budget(
     return shares
 
 
-def best_rate(
-    path_scores_desc: npt.ArrayLike, step_seconds: npt.ArrayLike, draft_seconds: float = 0.0
-) -> float:
-    """Expected tokens per second with the best budget; arguments and errors as for ``rates``."""
-    return float(rates(path_scores_desc, step_seconds, draft_seconds).max())
+def best_together(path_scores: FloatArray, step_seconds: FloatArray, batch: int) -> float:
+    """Tokens per second of a batch that verifies the best number of all these nodes.
+
+    path_scores: ``[n]``, in any order. step_seconds: ``[R]``, of a step with 0, 1, ... R - 1 nodes.
+    """
+    best = -np.sort(-path_scores)[: len(step_seconds) - 1]
+    tokens = batch + np.concatenate((np.zeros(1), np.cumsum(best)))
+    return float((tokens / step_seconds[: len(tokens)]).max())
 
 
 def rates(
@@ -87,38 +90,3 @@ def rates(
     tokens = np.ones(len(scores) + 1)
     tokens[1:] += np.cumsum(scores)
     return tokens / (draft_seconds + seconds[: len(tokens)])
-
-
-def worth_growing(
-    expanded_scores: npt.ArrayLike,
-    child_hit_probability: npt.ArrayLike,
-    growth_seconds: float,
-    current_rate: float,
-    *,
-    patience: float = 1.0,
-) -> bool:
-    """Whether one more draft step pays while the target waits for it.
-
-    expanded_scores: ``[w]``, path scores of the nodes that the step would expand.
-    child_hit_probability: scalar or ``[w]``, chance that one of a node's new children is
-        the target's token, given that the node is accepted.
-    growth_seconds: the draft step, plus what its nodes add to the target's step.
-    current_rate: tokens per second without the step, see ``best_rate``.
-    patience: more than 1 waits less: what the drafter would grow anyway
-        during the target's step is then worth more than waiting. Infinite: never wait.
-
-    The step is expected to gain ``g = Σ score_i * hit_i`` tokens in ``t`` seconds. It raises
-    the rate E/T, because (E + g) / (T + t) > E / T, exactly when ``g / t > E / T``; the rule
-    is ``g > patience * current_rate * t``.
-
-    Raises:
-        ValueError: the time, the rate or the patience is negative or not a number.
-    """
-    for name, value in (("growth_seconds", growth_seconds), ("rate", current_rate), ("patience", patience)):
-        if not value >= 0.0:
-            raise ValueError(f"{name} is {value}, not a non-negative number")
-    hits = np.asarray(child_hit_probability, np.float64)
-    gain = float((np.asarray(expanded_scores, np.float64) * hits).sum())
-    # Not multiplied when free: an infinite patience times nothing is not a number.
-    price = current_rate * growth_seconds
-    return gain > (patience * price if price else 0.0)

@@ -7,13 +7,6 @@ from outrider.speculation.living_tree import LivingTree
 
 
 @dataclass(frozen=True, slots=True)
-class Grow:
-    """Expand up to ``width`` frontier nodes in one draft step."""
-
-    width: int
-
-
-@dataclass(frozen=True, slots=True)
 class Verify:
     """Verify at most the ``budget`` best nodes; none is plain decoding."""
 

@@ -7,7 +7,7 @@ from outrider.speculation.pipelines.shape import MAX_VERIFIED_NODES
 from outrider.speculation.pipelines.tree_yield import FORGETTING, LEARNING_RATE, TreeYield
 from outrider.speculation.selection import best_budget
 from outrider.speculation.step_cost import StepCostModel
-from outrider.speculation.types import FloatArray
+from outrider.speculation.types import FloatArray, IntArray
 
 SETTLED = 32
 REFIT_EVERY = 8
@@ -72,17 +72,16 @@ class CostEstimates:
         share: FloatArray = self.curve(self.max_rows)[self.company * (1 + nodes) - 1] / self.company
         return share
 
-    def draft_share(self, rows: int) -> float:
-        """Seconds per request of a draft step in this process in which each has so many rows.
+    def draft_seconds_of(self, rows: IntArray) -> FloatArray:
+        """Seconds of draft steps in this process with so many rows, ``[n]``; at most a forward each.
 
         Zero before the first: whether drafting pays is found out by drafting.
         """
         if not self._local_draft.num_observed:
-            return 0.0
-        together = min(max(1, rows) * self.company, self.max_rows)
-        return (
-            self._draft_discount * float(self._local_draft.upto(self.max_rows)[together - 1]) / self.company
-        )
+            return np.zeros(len(rows))
+        curve = self._local_draft.upto(self.max_rows)
+        seconds: FloatArray = self._draft_discount * curve[np.minimum(rows, self.max_rows) - 1]
+        return seconds
 
     def observe_target_step(self, rows: int, seconds: float) -> None:
         self._target.observe(rows, seconds)

@@ -10,7 +10,6 @@ pre-verify, Liu et al., "PEARL: Parallel Speculative Decoding with Adaptive Draf
 from outrider.speculation.pipelines.actions import RemoteDraft, Verify
 from outrider.speculation.pipelines.costs import CostEstimates
 from outrider.speculation.pipelines.shape import TreeShape
-from outrider.speculation.types import Verdict
 
 
 class ParallelPipeline:
@@ -24,7 +23,3 @@ class ParallelPipeline:
         if not self.shape.adaptive:
             return Verify(self.shape.num_speculative_tokens)
         return Verify(self.costs.best_budget(draft.tree, self.shape.num_speculative_tokens))
-
-    def observe_verdict(self, verdict: Verdict, parents_with_children: int, expected: float) -> None:
-        """See ``SerialPipeline.observe_verdict``."""
-        self.costs.observe_verdict(verdict.num_accepted_tokens, parents_with_children, expected)

@@ -14,7 +14,6 @@ from outrider.speculation.living_tree import LivingTree
 from outrider.speculation.pipelines.actions import RemoteDraft, Round, Verify, Wait
 from outrider.speculation.pipelines.costs import CostEstimates
 from outrider.speculation.pipelines.shape import TreeShape
-from outrider.speculation.types import Verdict
 
 MAX_PATIENCE = 0.2
 """Seconds that a target waits for a drafter at most; a stall must stay under a quarter second."""
@@ -53,10 +52,6 @@ class RemoteSerialPipeline:
             self._learn(current, draft.tree)
         draft.steps_after_commit = self._best_steps()
         return Verify(self._budget(draft))
-
-    def observe_verdict(self, verdict: Verdict, parents_with_children: int, expected: float) -> None:
-        """See ``SerialPipeline.observe_verdict``."""
-        self.costs.observe_verdict(verdict.num_accepted_tokens, parents_with_children, expected)
 
     def _budget(self, draft: RemoteDraft) -> int:
         if not self.shape.adaptive:

@@ -1,73 +1,107 @@
-"""``pipeline: serial``: draft, then verify, one after the other, as a state machine without I/O.
+"""``pipeline: serial`` in one process: draft, then verify, one after the other, for a whole batch at once.
 
-Between two commits the tree grows while one more draft step is expected to pay; then the best
-subtree at hand is verified. Vanilla speculative decoding, with trees and with both lengths
-chosen by expected tokens per second (``speculation/selection.py``). Durations come in as numbers,
-so the same machine runs on a real or a simulated clock.
+Between two commits trees grow while one more draft step is expected to pay; then the best subtrees
+at hand are verified. Vanilla speculative decoding, with trees and with both lengths chosen by
+expected tokens per second (``speculation/selection.py``). Everybody waits while some draft, so the question
+is one for the batch: a draft step of some trees is worth what it is expected to bring them, less what all
+requests would have got in its time. Durations come in as numbers, so the same rule runs on any clock.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 
 from outrider.speculation.living_tree import LivingTree
-from outrider.speculation.pipelines.actions import Grow, Verify
 from outrider.speculation.pipelines.costs import CostEstimates
 from outrider.speculation.pipelines.shape import TreeShape
-from outrider.speculation.selection import best_budget, best_rate, worth_growing
-from outrider.speculation.types import FloatArray, Verdict
+from outrider.speculation.selection import best_together, share_budget
+from outrider.speculation.types import FloatArray
 
 
-class LocalDraft(Protocol):
-    """A drafter in this process, as the pipeline sees it."""
+class SerialRound:
+    """One step's drafting.
 
-    tree: LivingTree
+    trees: of every request that gets a token in the step, None where nobody drafts.
+    text_rows: rows of the step that are no nodes, at least one for each request.
+    """
 
-
-class SerialPipeline:
-    """One request's decisions: ``Grow`` some more, or ``Verify`` now."""
-
-    def __init__(self, shape: TreeShape, costs: CostEstimates) -> None:
-        self.shape, self.costs = shape, costs
-        self._steps = 0
+    def __init__(
+        self, shape: TreeShape, costs: CostEstimates, trees: Sequence[LivingTree | None], text_rows: int
+    ) -> None:
+        self._shape, self._costs, self._trees = shape, costs, trees
+        self._other_rows = text_rows - len(trees)
+        self._steps = [0] * len(trees)
         self._spent = 0.0
+        self._live = [_NOTHING if tree is None else _live_scores(tree) for tree in trees]
+        self._offers = [(0.0, 0) if tree is None else self._offer(tree) for tree in trees]
+        """Expected gain of expanding each tree once more, and the rows that takes; none where it is over."""
 
-    def decide(self, draft: LocalDraft, now: float) -> Grow | Verify:  # noqa: ARG002
-        """The next action; call again after every growth and every commit."""
-        tree = draft.tree
-        if not self.shape.adaptive:
-            exhausted = self._steps >= self.shape.depth or not len(tree.frontier(1))
-            return Verify(self.shape.num_speculative_tokens) if exhausted else Grow(self.shape.width)
-        curve = self.costs.target_share(self.shape.num_speculative_tokens)
-        live = -np.sort(-tree.path_scores[tree.slots])
-        if self._steps < self.shape.depth and self._growth_pays(tree, live, curve):
-            return Grow(self.shape.width)
-        return Verify(best_budget(live, curve, self._spent))
+    def growers(self) -> list[int]:
+        """Which trees to expand now, in one draft step; none: verify."""
+        able = [index for index, (_, rows) in enumerate(self._offers) if rows]
+        if not able or not self._shape.adaptive:
+            return able
+        gains = np.array([self._offers[index][0] for index in able])
+        rows = np.array([self._offers[index][1] for index in able])
+        # Those with the most gain for a row first; how many of them is the question.
+        order = np.argsort(-gains / rows, kind="stable")
+        profit = np.cumsum(gains[order]) - self._price(np.cumsum(rows[order]))
+        best = int(profit.argmax())
+        return [able[index] for index in order[: best + 1]] if profit[best] > 0 else []
 
-    def observe_growth(self, rows: int, seconds: float) -> None:
-        """One draft step computed so many rows for this request, whose share of its time is this."""
-        self._steps += 1
-        # What took in the text would have been paid for sooner or later: it speaks against no tree.
-        if rows <= self.shape.width:
-            self._spent += seconds
+    def observe_growth(self, growers: Sequence[int], rows: Sequence[int], seconds: float) -> None:
+        """A draft step expanded these trees, with so many rows each, in this time."""
+        width, total = self._shape.width, max(1, sum(rows))
+        self._costs.observe_local_draft_step(total, seconds)
+        for index, count in zip(growers, rows, strict=True):
+            tree = self._trees[index]
+            assert tree is not None
+            # What took in the text would have been paid for sooner or later: it speaks against no tree.
+            self._spent += seconds * count / total if count <= width else 0.0
+            self._steps[index] += 1
+            # A text that is taken in piece by piece holds up nobody.
+            over = self._steps[index] >= self._shape.depth or tree.is_bare
+            self._offers[index] = (0.0, 0) if over else self._offer(tree)
+            self._live[index] = _live_scores(tree)
 
-    def observe_verdict(self, verdict: Verdict, parents_with_children: int, expected: float) -> None:
-        """Learns from one verification.
+    def budgets(self) -> list[int]:
+        """Most nodes of each request to verify."""
+        if not any(self._steps):
+            self._costs.forget_a_little()
+        most = self._shape.num_speculative_tokens
+        if not self._shape.adaptive and len(self._trees) == 1:
+            return [min(most, self._costs.max_rows - 1 - self._other_rows)]
+        scores = [each[:most] for each in self._live]
+        return share_budget(scores, self._spent + self._costs.curve(self._costs.max_rows), self._other_rows)
 
-        parents_with_children: nodes of root and accepted path that had children in the tree.
-        expected: sum of the tree's path scores.
-        """
-        if not self._steps:
-            self.costs.forget_a_little()
-        self.costs.observe_verdict(verdict.num_accepted_tokens, parents_with_children, expected)
-        self._steps, self._spent = 0, 0.0
-
-    def _growth_pays(self, tree: LivingTree, live: FloatArray, curve: FloatArray) -> bool:
-        frontier = tree.frontier(self.shape.width)
-        if not len(frontier) or len(curve) == 1:
-            return False
+    def _offer(self, tree: LivingTree) -> tuple[float, int]:
+        """What expanding the best nodes is expected to bring, and the rows it takes."""
+        if tree.is_bare:
+            return self._costs.hit_probability, 1
+        frontier = tree.frontier(self._shape.width)
         scores = np.where(frontier < 0, 1.0, tree.path_scores[frontier])
-        draft_seconds = self.costs.draft_share(len(frontier))
-        per_row = float(curve[-1] - curve[0]) / (len(curve) - 1)
-        rate = best_rate(live, curve, self._spent)
-        return worth_growing(scores, self.costs.hit_probability, draft_seconds + per_row, rate)
+        return float(scores.sum()) * self._costs.hit_probability, len(frontier)
+
+    def _price(self, rows: np.ndarray) -> FloatArray:
+        """Tokens that the batch would get in the time of a draft step with these rows, by number of trees."""
+        curve = self._costs.curve(self._costs.max_rows)
+        base = self._other_rows + len(self._trees)
+        if base >= len(curve):
+            return np.full(len(rows), np.inf)
+        rate = best_together(np.concatenate(self._live), self._spent + curve[base - 1 :], len(self._trees))
+        per_node = float(curve[-1] - curve[base - 1]) / (len(curve) - base)
+        price: FloatArray = rate * (
+            self._costs.draft_seconds_of(rows) + per_node * np.arange(1, len(rows) + 1)
+        )
+        return price
+
+
+_NOTHING: FloatArray = np.zeros(0)
+
+
+def _live_scores(tree: LivingTree) -> FloatArray:
+    """Path scores of a tree's nodes, best first."""
+    if not len(tree):
+        return _NOTHING
+    scores: FloatArray = -np.sort(-tree.path_scores[tree.slots])
+    return scores

@@ -15,7 +15,6 @@ from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.selection import share_budget
 from outrider.speculation.step_cost import StepCostModel
 from outrider.speculation.tree import ROOT, Law
-from outrider.speculation.types import Verdict
 
 
 @dataclass
@@ -65,12 +64,11 @@ def test_parallel_tries_a_drafter_that_lost_its_credit_again() -> None:
     curve = 0.05 * (1 + 0.1 * np.arange(64))
     pipeline, draft = ParallelPipeline(TreeShape(), CostEstimates(StepCostModel(curve))), Draft()
     draft.tree.add([ROOT], [1], [1.0])
-    wrong = Verdict(accepted=np.zeros(0, np.int64), token=0)
     budgets = []
     for _ in range(300):
         action = pipeline.decide(draft, 0.0)
         budgets.append(action.budget)
-        pipeline.observe_verdict(wrong, action.budget, float(action.budget))
+        pipeline.costs.observe_verdict(0, action.budget, float(action.budget))
     assert 0 in budgets, "what never is accepted is verified for ever"
     assert 1 in budgets[budgets.index(0) :], "it is never tried again"
     assert sum(budgets[-100:]) < 50
@@ -142,7 +140,7 @@ def test_serial_stops_drafting_that_does_not_pay_and_tries_again() -> None:
             draft.answer(now, step=0.03)
         pipeline.decide(draft, now)
         if allowed and allowed[-1]:
-            pipeline.observe_verdict(Verdict(accepted=np.zeros(0, np.int64), token=0), 1, 1.0)
+            pipeline.costs.observe_verdict(0, 1, 1.0)
         allowed.append(draft.steps_after_commit)
         draft.commit(now)
         now += 0.05

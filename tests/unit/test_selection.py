@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from outrider.speculation.selection import best_budget, best_rate, rates, worth_growing
+from outrider.speculation.selection import best_budget, best_together, rates
 from outrider.speculation.step_cost import DEFAULT_SECONDS, DEFAULT_SLOPE, MEMORY, StepCostModel, isotonic
 
 
@@ -22,7 +22,7 @@ def test_best_budget_equals_trying_every_number() -> None:
         ]
         budget = best_budget(scores, seconds, draft)
         assert tried[budget] == pytest.approx(max(tried))
-        assert best_rate(scores, seconds, draft) == pytest.approx(max(tried))
+        assert best_together(scores[::-1], draft + seconds, 1) == pytest.approx(max(tried))
         chosen.add(budget)
     assert len(chosen) > 4
 
@@ -57,30 +57,6 @@ def test_malformed_rates_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         rates(scores, seconds, draft)
-
-
-def test_growing_pays_exactly_when_it_raises_the_rate() -> None:
-    outcomes = set()
-    for score, hit, seconds, tokens, total in itertools.product(
-        (0.1, 0.5, 1.0), (0.2, 0.9), (0.05, 0.3, 1.0), (1.0, 3.0), (1.0, 2.0)
-    ):
-        now, later = tokens / total, (tokens + 2 * score * hit) / (total + seconds)
-        if later == pytest.approx(now):
-            continue
-        assert worth_growing([score, score], hit, seconds, now) == (later > now)
-        outcomes.add(later > now)
-    assert outcomes == {True, False}
-
-
-def test_patience_and_degenerate_growth() -> None:
-    assert worth_growing([0.5], [0.8], 0.1, 2.0)
-    assert worth_growing([0.5], [0.8], 0.1, 2.0, patience=1.9)
-    assert not worth_growing([0.5], [0.8], 0.1, 2.0, patience=2.1)
-    assert not worth_growing([1.0], 1.0, 1e-9, 1.0, patience=float("inf"))
-    assert worth_growing([0.5], 0.5, 0.0, 2.0, patience=float("inf")), "free growth always pays"
-    assert not worth_growing([], 0.5, 0.0, 2.0), "there is nothing to expand"
-    with pytest.raises(ValueError, match="growth_seconds is -1"):
-        worth_growing([0.5], 0.5, -1.0, 2.0)
 
 
 def test_without_observations_the_curve_is_the_default_or_the_prior() -> None:
