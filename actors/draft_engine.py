@@ -185,6 +185,10 @@ class ModelDraftSession:
 
     def commit(self, tokens: IntArray) -> Reroot:
         tree = self.tree
+        if tree.is_bare:
+            self._uncached = np.concatenate((self._uncached, tokens))
+            self._processor.commit(tokens)
+            return tree.reroot(tokens)
         live = tree.slots
         parents = tree.parents[live]
         root_cached = not len(self._uncached)

@@ -4,7 +4,6 @@ import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 
 from outrider.actors.drafting import DraftSession
 from outrider.actors.runner import TreeQuery
@@ -45,10 +44,10 @@ class RequestRun:
         self._stop = StopChecker(
             params, target.eos_ids, len(request.prompt_ids), max_model_len, target.detokenizer(request)
         )
-        self._processor = LogitProcessor(
+        self.processor = LogitProcessor(
             params, request.prompt_ids, target.vocab_size, ending_ids(params, target.eos_ids)
         )
-        self._chooser = TokenChooser(params, request.choice)
+        self.chooser = TokenChooser(params, request.choice)
         self._pipeline = engine.make_pipeline(request)
         self.stats = SpeculationStatistics()
         self.finished = False
@@ -178,11 +177,9 @@ class RequestRun:
         cached = self.num_cached
         return TreeQuery(sequence=self._sequence, tokens=self._tokens[cached : cached + count], tree=tree)
 
-    def judge(self, tree: DraftTree, logits: torch.Tensor) -> Verdict:
-        """Chooses the target's own tokens at every row, and follows them down the tree."""
-        processed = self._processor.process(logits, tree)
-        tokens = self._chooser.choose(processed, row_positions(self._length, tree))
-        return self._engine.verifier.verify(tree, tokens)
+    def positions(self, tree: DraftTree) -> IntArray:
+        """int64 ``[1 + nodes]``, of the tokens that the root's and the nodes' rows choose."""
+        return row_positions(self._length, tree)
 
     def observe_prefill(self, seconds: float) -> None:
         """Counts a step that only cached some of the text."""
@@ -222,7 +219,7 @@ class RequestRun:
         self._sequence.publish(self.committed)
         self.stats.num_output_tokens += len(kept)
         if not self.finished:
-            self._processor.commit(kept)
+            self.processor.commit(kept)
             self._reroot(kept)
         return StepOutput(
             token_ids=kept.tolist(),

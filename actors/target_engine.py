@@ -19,6 +19,7 @@ from outrider.speculation.pipelines.registry import PIPELINES
 from outrider.speculation.pipelines.serial import SerialRound
 from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.request import Request, StepOutput
+from outrider.speculation.sampling import choose_together, cut
 from outrider.speculation.selection import share_budget
 from outrider.speculation.stopping import TextSource
 from outrider.speculation.tree import DraftTree
@@ -204,10 +205,7 @@ class TargetEngine:
         """One forward of the target, and what it says of the trees."""
         began = self.clock()
         logits = self.target.runner.verify([part.run.query(part.count, part.tree) for part in parts])
-        verdicts = [
-            None if part.tree is None else part.run.judge(part.tree, each)
-            for part, each in zip(parts, logits, strict=True)
-        ]
+        verdicts = self._judge(parts, logits)
         ended = self.clock()
         self.steps += 1
         self._busy = (began, ended)
@@ -220,3 +218,28 @@ class TargetEngine:
             else:
                 part.run.observe(part.tree, verdict, share)
         return verdicts
+
+    def _judge(self, parts: Sequence[Part], logits: Sequence[torch.Tensor]) -> list[Verdict | None]:
+        """Chooses the target's own tokens at every row that asks, and follows them down the trees."""
+        asking = [
+            (part.run, part.tree, each)
+            for part, each in zip(parts, logits, strict=True)
+            if part.tree is not None
+        ]
+        if not asking:
+            return [None] * len(parts)
+        tokens = choose_together(
+            [run.chooser for run, _, _ in asking],
+            self._processed(asking),
+            [run.positions(tree) for run, tree, _ in asking],
+        )
+        verdicts = (
+            self.verifier.verify(tree, each) for (_, tree, _), each in zip(asking, tokens, strict=True)
+        )
+        return [None if part.tree is None else next(verdicts) for part in parts]
+
+    def _processed(self, asking: Sequence[tuple[RequestRun, DraftTree, torch.Tensor]]) -> torch.Tensor:
+        """Logits ``[R, V]`` that tokens are chosen from."""
+        if all(run.processor.is_trivial for run, _, _ in asking):
+            return cut(torch.cat([each for _, _, each in asking]), self.target.vocab_size)
+        return torch.cat([run.processor.process(each, tree) for run, tree, each in asking])

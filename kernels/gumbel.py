@@ -90,7 +90,15 @@ def exponential_race(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         int64 ``[R]``, the least ``noise / probs``, of equal ones the lowest id. A token of
         probability 0 never wins against another; a NaN wins always, so the caller sees it.
     """
-    return torch.div(noise, probs).argmin(dim=-1)
+    return first_largest(torch.div(noise, probs).neg_())
+
+
+def first_largest(values: torch.Tensor) -> torch.Tensor:
+    """The index int64 ``[R]`` of each row's largest value, of equal ones the first; a NaN is larger."""
+    if values.device.type == "cpu":
+        # Several times as fast as PyTorch's, which does not use vector registers.
+        return torch.from_numpy(values.numpy().argmax(axis=-1))
+    return values.argmax(dim=-1)
 
 
 def draw(probs: torch.Tensor, base: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:

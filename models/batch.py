@@ -133,28 +133,43 @@ def _joined(arrays: Sequence[IntArray]) -> torch.Tensor:
 
 def _path_keys(parts: Sequence[Rows], window: int | None) -> PathKeys:
     """Positions through the parts' tables, then the paths' nodes in the order of their positions."""
-    first, seen, nodes, lengths = [], [], [], []
-    for part in parts:
-        seen.append(np.minimum(part.positions, part.committed - 1) + 1)
-        paths, before = part.paths, np.zeros_like(part.positions)
-        if window is not None:
-            before = np.maximum(0, part.positions - window + 1)
-            paths = paths & (part.node_positions >= before[:, None])
-        first.append(np.minimum(before, seen[-1]))
+    counts = [len(part.tokens) for part in parts]
+    positions = np.concatenate([part.positions for part in parts])
+    last = np.repeat([part.committed - 1 for part in parts], counts)
+    seen = np.minimum(positions, last) + 1
+    before = np.zeros_like(positions) if window is None else np.maximum(0, positions - window + 1)
+    nodes, lengths = _path_nodes(parts, counts, before)
+    tables = [part.table for part in parts]
+    return PathKeys(
+        tables=np.concatenate(tables),
+        table_starts=np.repeat(_ends(tables)[:-1], counts),
+        first=np.minimum(before, seen),
+        seen=seen,
+        nodes=nodes,
+        node_starts=np.concatenate((_ZERO, np.cumsum(lengths))),
+    )
+
+
+_ZERO: IntArray = np.zeros(1, np.int64)
+
+
+def _path_nodes(parts: Sequence[Rows], counts: Sequence[int], before: IntArray) -> tuple[IntArray, IntArray]:
+    """Slots of the nodes that rows attend, one row's behind the other's, and how many each attends.
+
+    before: int64 ``[R]``, positions that a row's window has left behind.
+    """
+    nodes: list[IntArray] = [_ZERO[:0]]
+    lengths = np.zeros(len(before), np.int64)
+    for part, start, count in zip(parts, accumulate(counts, initial=0), counts, strict=False):
+        if not part.paths.shape[1]:
+            continue
+        rows = slice(start, start + count)
+        paths = part.paths & (part.node_positions >= before[rows, None])
         row, node = np.nonzero(paths)
         order = np.lexsort((part.node_positions[node], row))
         nodes.append(part.node_slots[node[order]])
-        lengths.append(np.count_nonzero(paths, axis=1))
-    tables = [part.table for part in parts]
-    starts = np.repeat(_ends(tables)[:-1], [len(part.tokens) for part in parts])
-    return PathKeys(
-        tables=np.concatenate(tables),
-        table_starts=starts,
-        first=np.concatenate(first),
-        seen=np.concatenate(seen),
-        nodes=np.concatenate(nodes),
-        node_starts=np.concatenate(([0], np.cumsum(np.concatenate(lengths)))),
-    )
+        lengths[rows] = np.count_nonzero(paths, axis=1)
+    return np.concatenate(nodes), lengths
 
 
 def _ends(arrays: Sequence[IntArray]) -> IntArray:

@@ -8,12 +8,19 @@ Shapes: R rows = 1 + nodes, V real vocabulary, V_head the head's width (V or pad
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from outrider.kernels.gumbel import exponential_noise, exponential_race, position_keys, request_states
+from outrider.kernels.gumbel import (
+    exponential_noise,
+    exponential_race,
+    first_largest,
+    position_keys,
+    request_states,
+)
 from outrider.speculation.errors import InvalidRequestError
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.tree import DraftTree
@@ -76,6 +83,11 @@ class LogitProcessor:
             self._penalties.commit(tokens)
 
     @property
+    def is_trivial(self) -> bool:
+        """Whether nothing is done to logits but to cut them to the real vocabulary."""
+        return not (self._edits or self._truncates)
+
+    @property
     def depends_on_path(self) -> bool:
         """Whether the result depends on more than a row's own logits."""
         return self._penalties is not None or self._num_output < self._min_tokens
@@ -94,9 +106,8 @@ class LogitProcessor:
         if rows is None:
             rows = np.arange(len(tree) + 1)
         assert len(logits) == len(rows), f"{len(logits)} rows of logits for {len(tree)} nodes"
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        result = logits[:, : self._vocab_size].to(dtype)
-        if not (self._edits or self._truncates):
+        result = cut(logits, self._vocab_size)
+        if self.is_trivial:
             return result
         if result.data_ptr() == logits.data_ptr():
             result = result.clone()
@@ -135,6 +146,12 @@ class LogitProcessor:
             keep_top(logits, params.top_k, params.top_p)
 
 
+def cut(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Logits ``[R, V_head]`` as float32 (float64 stays float64) ``[R, V]``, perhaps a view."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits[:, :vocab_size].to(dtype)
+
+
 class TokenChooser:
     """Chooses one request's tokens: a function of logits, seed, choice and position alone.
 
@@ -153,36 +170,87 @@ class TokenChooser:
         self._state = request_states(params.seed or 0, choice)
 
     def choose(self, logits: torch.Tensor, positions: IntArray) -> IntArray:
-        """The target's own token of every row, int64 ``[R]``; of equals the lowest id.
+        """See ``choose_together``; int64 ``[R]``."""
+        return choose_together([self], logits, [positions])[0]
 
-        logits: float ``[R, V]``, processed.
-        positions: int64 ``[R]``, index in the whole sequence of the token to choose.
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it needs no noise."""
+        return self._greedy
 
-        A row that holds a NaN or infinity, or nothing but -inf, has no token: it gets
-        ``NO_TOKEN``, which no node carries, so a junk node's row harms nobody.
-        """
-        if self._greedy:
-            tokens, values = logits.argmax(dim=1), logits
-        else:
-            # Not normalised: a sum's rounding may depend on where in the batch the row lies.
-            values = (logits - logits.amax(dim=1, keepdim=True)).exp_()
-            tokens = exponential_race(values, self._noise(logits, positions))
-        # A NaN anywhere in a row has won, or has made the whole row NaN.
-        sound = values.gather(1, tokens[:, None])[:, 0].isfinite()
-        chosen: IntArray = torch.where(sound, tokens, NO_TOKEN).cpu().numpy()
-        return chosen
+    def noise_keys(self, positions: IntArray) -> tuple[IntArray, IntArray]:
+        """Keys int64 ``[2, k]`` of the noise of k distinct positions; which of them each row has, ``[R]``."""
+        # Siblings and cousins choose for the same position, with the same noise.
+        if len(positions) == 1:
+            return position_keys(self._state, positions), np.zeros(1, np.int64)
+        distinct, rows = np.unique(positions, return_inverse=True)
+        return position_keys(self._state, distinct), rows
 
     def perturb(self, probs: torch.Tensor, positions: IntArray) -> None:
         """Divides probabilities ``[R, V]`` by the noise of their tokens, in place; see ``perturb``."""
         if not self._greedy:
-            probs.div_(self._noise(probs, positions))
+            probs.div_(noise_together([self], [positions], probs))
 
-    def _noise(self, logits: torch.Tensor, positions: IntArray) -> torch.Tensor:
-        # Siblings and cousins choose for the same position, with the same noise.
-        distinct, rows = np.unique(positions, return_inverse=True)
-        keys = torch.from_numpy(position_keys(self._state, distinct)).to(logits.device)
-        noise = exponential_noise(keys[0], keys[1], logits.shape[1])
-        return noise if len(distinct) == len(rows) == 1 else noise[torch.from_numpy(rows).to(logits.device)]
+
+def choose_together(
+    choosers: Sequence["TokenChooser"], logits: torch.Tensor, positions: Sequence[IntArray]
+) -> list[IntArray]:
+    """The target's own tokens of every row, per request int64 ``[r]``; of equals the lowest id.
+
+    logits: float ``[R, V]``, processed, each request's rows behind one another.
+    positions: per request int64 ``[r]``, index in the whole sequence of the token to choose.
+
+    A row that holds a NaN or infinity, or nothing but -inf, has no token: it gets ``NO_TOKEN``,
+    which no node carries, so a junk node's row harms nobody.
+    """
+    counts = [len(each) for each in positions]
+    greedy = [chooser.is_greedy for chooser in choosers]
+    if all(greedy):
+        tokens = _greedy_tokens(logits)
+    elif not any(greedy):
+        tokens = _drawn_tokens(choosers, logits, positions)
+    else:
+        is_greedy = np.repeat(greedy, counts)
+        tokens = np.empty(len(logits), np.int64)
+        tokens[is_greedy] = _greedy_tokens(logits[torch.from_numpy(is_greedy)])
+        drawing = [each for each, plain in zip(choosers, greedy, strict=True) if not plain]
+        theirs = [each for each, plain in zip(positions, greedy, strict=True) if not plain]
+        tokens[~is_greedy] = _drawn_tokens(drawing, logits[torch.from_numpy(~is_greedy)], theirs)
+    starts = accumulate(counts, initial=0)
+    return [tokens[start : start + count] for start, count in zip(starts, counts, strict=False)]
+
+
+def _greedy_tokens(logits: torch.Tensor) -> IntArray:
+    return _sound(first_largest(logits), logits)
+
+
+def _drawn_tokens(
+    choosers: Sequence["TokenChooser"], logits: torch.Tensor, positions: Sequence[IntArray]
+) -> IntArray:
+    # Not normalised: a sum's rounding may depend on where in the batch the row lies.
+    values = (logits - logits.amax(dim=1, keepdim=True)).exp_()
+    return _sound(exponential_race(values, noise_together(choosers, positions, logits)), values)
+
+
+def _sound(tokens: torch.Tensor, values: torch.Tensor) -> IntArray:
+    # A NaN anywhere in a row has won, or has made the whole row NaN.
+    won = values.gather(1, tokens[:, None])[:, 0].cpu().numpy()
+    chosen: IntArray = np.where(np.isfinite(won), tokens.cpu().numpy(), NO_TOKEN)
+    return chosen
+
+
+def noise_together(
+    choosers: Sequence["TokenChooser"], positions: Sequence[IntArray], like: torch.Tensor
+) -> torch.Tensor:
+    """The noise float32 ``[R, V]`` of every row, ``like`` being ``[R, V]`` too."""
+    found = [chooser.noise_keys(each) for chooser, each in zip(choosers, positions, strict=True)]
+    keys = torch.from_numpy(np.concatenate([each for each, _ in found], axis=1)).to(like.device)
+    noise = exponential_noise(keys[0], keys[1], like.shape[1])
+    if len(like) == len(choosers):
+        return noise
+    starts = np.cumsum([0, *(each.shape[1] for each, _ in found[:-1])])
+    rows = np.concatenate([own + start for (_, own), start in zip(found, starts, strict=True)])
+    return noise[torch.from_numpy(rows).to(like.device)]
 
 
 def perturb(

@@ -71,6 +71,8 @@ class SerialRound:
         most = self._shape.num_speculative_tokens
         if not self._shape.adaptive and len(self._trees) == 1:
             return [min(most, self._costs.max_rows - 1 - self._other_rows)]
+        if not any(map(len, self._live)):
+            return [0] * len(self._trees)
         scores = [each[:most] for each in self._live]
         return share_budget(scores, self._spent + self._costs.curve(self._costs.max_rows), self._other_rows)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from instruments.table_lm import TableLM
-from outrider.actors import request_run
+from outrider.actors import request_run, target_engine
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.types import FloatArray, IntArray
 
@@ -107,7 +107,16 @@ def drawing_from(noise: SharedNoise) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(request_run, "TokenChooser", make_chooser)
+        patch.setattr(target_engine, "choose_together", each_by_itself)
         yield
+
+
+def each_by_itself(
+    choosers: Sequence[SharedNoise], logits: torch.Tensor, positions: Sequence[IntArray]
+) -> list[IntArray]:
+    """In place of ``choose_together``."""
+    rows = torch.split(logits, [len(each) for each in positions])
+    return [noise.choose(own, each) for noise, own, each in zip(choosers, rows, positions, strict=True)]
 
 
 def distance(left: Law, right: Law) -> float:

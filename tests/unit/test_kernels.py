@@ -27,7 +27,7 @@ def random_pool() -> torch.Tensor:
 @pytest.mark.parametrize("S", [0, STRIDE, 5 * STRIDE])
 def test_canonical_attention_is_attention_over_the_path(rows: int, S: int) -> None:
     rng = np.random.default_rng(rows)
-    pool, scratch = random_pool(), Scratch(16, G * Q, S + TAIL, torch.float32)
+    pool, scratch = random_pool(), Scratch(16, (G, Q, D), S + TAIL, torch.float32)
     q = torch.randn(rows, G, Q, D, generator=torch.Generator().manual_seed(1))
     start = 7
     tails = rng.integers(start + S, SLOTS, (rows, TAIL))
@@ -37,7 +37,7 @@ def test_canonical_attention_is_attention_over_the_path(rows: int, S: int) -> No
         rows=None,
         num_rows=rows,
         padded=rows + 2,
-        shared=(start, S),
+        shared=torch.arange(start, start + S),
         tail_slots=torch.from_numpy(tails.reshape(-1)),
         tail_mask=torch.from_numpy(mask[:, None]),
     )
@@ -52,7 +52,7 @@ def test_canonical_attention_is_attention_over_the_path(rows: int, S: int) -> No
 def test_fast_attention_is_attention_over_prefix_and_path(W: int) -> None:
     rows, S = 4, 70
     rng = np.random.default_rng(W)
-    pool, scratch = random_pool(), Scratch(16, G * Q, S + W, torch.float32)
+    pool, scratch = random_pool(), Scratch(16, (G, Q, D), S + W, torch.float32)
     q = torch.randn(rows, G, Q, D, generator=torch.Generator().manual_seed(1))
     tail = rng.integers(100, SLOTS, W)
     visible = rng.random((rows, W)) < 0.5
@@ -61,7 +61,7 @@ def test_fast_attention_is_attention_over_prefix_and_path(W: int) -> None:
         rows=None,
         num_rows=rows,
         padded=rows,
-        shared=(3, S),
+        shared=torch.arange(3, 3 + S),
         tail_slots=torch.from_numpy(tail),
         tail_mask=torch.from_numpy(mask[:, None]),
     )
@@ -73,7 +73,7 @@ def test_fast_attention_is_attention_over_prefix_and_path(W: int) -> None:
 
 
 def test_groups_fill_their_own_rows_and_leave_padding_alone() -> None:
-    pool, scratch = random_pool(), Scratch(16, G * Q, 64 + TAIL, torch.float32)
+    pool, scratch = random_pool(), Scratch(16, (G, Q, D), 64 + TAIL, torch.float32)
     q = torch.randn(5, G, Q, D, generator=torch.Generator().manual_seed(1))
     members = ([0, 2], [1, 3])
     groups = [
@@ -81,7 +81,7 @@ def test_groups_fill_their_own_rows_and_leave_padding_alone() -> None:
             rows=torch.tensor(rows),
             num_rows=2,
             padded=4,
-            shared=(0, S),
+            shared=torch.arange(S),
             tail_slots=torch.arange(S, S + TAIL).repeat(2),
             tail_mask=torch.zeros(2, 1, TAIL),
         )
