@@ -96,6 +96,8 @@ class TargetEngine:
         """Target steps, and the time that taking in remote growth took between them."""
         self._remote, self._make_pipeline = remote, make_pipeline
         self._busy = (0.0, 0.0)
+        self._drafted = False
+        """Whether the last step had anything to do with drafts made in this process."""
 
     def make_pipeline(self, request: Request) -> Pipeline:
         """A new request's, where drafters are in other processes."""
@@ -117,12 +119,16 @@ class TargetEngine:
         Each commits at least one token, or has its ``error`` set and is finished; None where only
         a piece of its text was cached.
         """
+        began = self.clock()
         parts = self._schedule(runs)
         verdicts = self._run(parts)
-        return [
+        outputs = [
             None if part.tree is None or verdict is None else part.run.commit(part.tree, verdict)
             for part, verdict in zip(parts, verdicts, strict=True)
         ]
+        if self.shape.adaptive and isinstance(self.drafting, LocalDraftEngine):
+            self._keep_record(parts, outputs, self.clock() - began)
+        return outputs
 
     def _schedule(self, runs: Sequence[RequestRun]) -> list[Part]:
         """Waits for drafters where that pays; each request's rows."""
@@ -150,6 +156,7 @@ class TargetEngine:
         drafts = [run.draft for run in runs]
         trees = [None if draft is None else draft.tree for draft in drafts]
         this_round = SerialRound(self.shape, self.costs, trees, text_rows)
+        self._drafted = False
         while growers := this_round.growers():
             began = self.clock()
             rows = drafting.grow([drafts[index] for index in growers], self.shape.width)
@@ -158,7 +165,10 @@ class TargetEngine:
             total = max(1, sum(rows))
             for index, count in zip(growers, rows, strict=True):
                 runs[index].observe_growth(count, seconds * count / total)
-        return this_round.budgets()
+            self._drafted = True
+        budgets = this_round.budgets()
+        self._drafted |= any(budgets)
+        return budgets
 
     def _drafted_elsewhere(self, runs: Sequence[RequestRun], text_rows: int) -> list[int]:
         """Waits for drafters in other processes where that pays; most nodes of each to verify."""
@@ -243,3 +253,16 @@ class TargetEngine:
         if all(run.processor.is_trivial for run, _, _ in asking):
             return cut(torch.cat([each for _, _, each in asking]), self.target.vocab_size)
         return torch.cat([run.processor.process(each, tree) for run, tree, each in asking])
+
+    def _keep_record(
+        self, parts: Sequence[Part], outputs: Sequence[StepOutput | None], seconds: float
+    ) -> None:
+        """Notes what a step brought, unless it took in texts, which neither way does any better."""
+        if all(part.count == 1 for part in parts):
+            self.costs.record.observe(
+                len(parts),
+                drafted=self._drafted,
+                tokens=sum(len(output.token_ids) for output in outputs if output is not None),
+                seconds=seconds,
+                plain_seconds=float(self.costs.curve(self.max_rows)[len(parts) - 1]),
+            )

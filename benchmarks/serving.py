@@ -27,6 +27,7 @@ from outrider.models.inflate import parse_count
 
 PARTS = ("throughput", "coordination", "speculation", "prefix")
 CONTEXT = 1024
+ROUNDS = 3
 
 
 def main() -> None:
@@ -49,10 +50,10 @@ def main() -> None:
     finish({**results, **conditions(pairs=args.pairs, tokens=args.tokens)})
 
 
-def mixed_prompts(count: int, tokenizer: Any, seed: int) -> list[list[int]]:
-    """Held-out prompts of 16 to 128 tokens."""
+def mixed_prompts(count: int, tokenizer: Any, seed: int, longest: int = 128) -> list[list[int]]:
+    """Held-out prompts of 16 to ``longest`` tokens."""
     rng = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(16, 129, (count,), generator=rng).tolist()
+    lengths = torch.randint(16, longest + 1, (count,), generator=rng).tolist()
     texts = corpus.held_out_prompts(count * (seed + 1))[-count:]
     return [(tokenizer.encode(text) * 8)[:length] for text, length in zip(texts, lengths, strict=True)]
 
@@ -156,11 +157,14 @@ def speculation(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(llm: LLM, batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Pairs of one batch size; the first warms up, for the engine learns what drafting costs."""
+    """Pairs of ``ROUNDS`` times as many prompts as are served at once, so that the batch is full most of
+    the time; the first warms up, for the engine learns what drafting brings."""
+    llm.max_num_seqs = batch
     times: dict[bool, list[float]] = {True: [], False: []}
     drafted = accepted = 0
     for index in range(args.pairs + 1):
-        prompts = mixed_prompts(batch, llm.model.tokenizer, index)
+        # Short, for speculation has nothing to do with prompts.
+        prompts = mixed_prompts(ROUNDS * batch, llm.model.tokenizer, index, longest=32)
         params = SamplingParams(
             temperature=args.temperature, max_tokens=args.tokens, ignore_eos=True, seed=index
         )
@@ -178,7 +182,7 @@ def compare(llm: LLM, batch: int, args: argparse.Namespace) -> dict[str, Any]:
         assert seen[True] == seen[False], "speculation changed the tokens"
     return {
         "on over off": median_ratio(times[False], times[True]),
-        "tokens_per_second_off": round(batch * args.tokens / statistics.median(times[False]), 1),
+        "tokens_per_second_off": round(ROUNDS * batch * args.tokens / statistics.median(times[False]), 1),
         "drafted": drafted,
         "accepted": accepted,
     }

@@ -4,6 +4,7 @@ import numpy as np
 
 from outrider.speculation.living_tree import LivingTree
 from outrider.speculation.pipelines.shape import MAX_VERIFIED_NODES
+from outrider.speculation.pipelines.track_record import TrackRecord
 from outrider.speculation.pipelines.tree_yield import FORGETTING, LEARNING_RATE, TreeYield
 from outrider.speculation.selection import best_budget
 from outrider.speculation.step_cost import StepCostModel
@@ -55,6 +56,7 @@ class CostEstimates:
         """Seconds of a remote drafter's draft step, and of its round beside them; None before the first."""
         self.hit_probability = FIRST_HIT_PROBABILITY
         self.trees = TreeYield()
+        self.record = TrackRecord()
         self._target = _LearntCurve(self.step_cost)
         self._local_draft = _LearntCurve(StepCostModel())
         self._draft_discount = 1.0

@@ -19,7 +19,7 @@ from outrider.speculation.types import FloatArray
 
 
 class SerialRound:
-    """One step's drafting.
+    """One step's drafting, if drafting has paid so far (``track_record``).
 
     trees: of every request that gets a token in the step, None where nobody drafts.
     text_rows: rows of the step that are no nodes, at least one for each request.
@@ -32,12 +32,17 @@ class SerialRound:
         self._other_rows = text_rows - len(trees)
         self._steps = [0] * len(trees)
         self._spent = 0.0
+        with_texts = self._other_rows > 0
+        self.drafts = not shape.adaptive or costs.record.allows(len(trees), with_texts=with_texts)
+        """Whether this step is one with drafting."""
         self._live = [_NOTHING if tree is None else _live_scores(tree) for tree in trees]
         self._offers = [(0.0, 0) if tree is None else self._offer(tree) for tree in trees]
         """Expected gain of expanding each tree once more, and the rows that takes; none where it is over."""
 
     def growers(self) -> list[int]:
         """Which trees to expand now, in one draft step; none: verify."""
+        if not self.drafts:
+            return []
         able = [index for index, (_, rows) in enumerate(self._offers) if rows]
         if not able or not self._shape.adaptive:
             return able
@@ -71,7 +76,7 @@ class SerialRound:
         most = self._shape.num_speculative_tokens
         if not self._shape.adaptive and len(self._trees) == 1:
             return [min(most, self._costs.max_rows - 1 - self._other_rows)]
-        if not any(map(len, self._live)):
+        if not self.drafts or not any(map(len, self._live)):
             return [0] * len(self._trees)
         scores = [each[:most] for each in self._live]
         return share_budget(scores, self._spent + self._costs.curve(self._costs.max_rows), self._other_rows)

@@ -100,12 +100,12 @@ def test_the_draft_s_first_choice_is_often_the_target_s_token(temperature: float
     }
     llm = LLM(str(pair.TARGET), speculative_config=config)
     drafted = accepted = 0
-    for seed, prompt in enumerate(corpus.held_out_prompts(16)):
+    for seed, prompt in enumerate(corpus.held_out_prompts(32)):
         params = SamplingParams(temperature=temperature, max_tokens=64, seed=seed, ignore_eos=True)
         found = llm.generate(prompt, params)[0].outputs[0].stats
         drafted += found.num_draft_tokens
         accepted += found.num_accepted_tokens
-    assert drafted > 400
+    assert drafted > 800
     assert accepted / drafted >= floor
 
 

@@ -10,6 +10,7 @@ from outrider.speculation.living_tree import LivingTree
 from outrider.speculation.pipelines.costs import CostEstimates
 from outrider.speculation.pipelines.serial import SerialRound
 from outrider.speculation.pipelines.shape import TreeShape
+from outrider.speculation.pipelines.track_record import FIRST_PLAIN, TRIAL
 from outrider.speculation.step_cost import StepCostModel
 from outrider.speculation.tree import ROOT, Law
 
@@ -28,8 +29,13 @@ def tree_of(scores: Sequence[float] = (), *, expanded: bool = True) -> LivingTre
     return tree
 
 
-def costs_of(curve: np.ndarray, draft: float | None = None) -> CostEstimates:
-    costs = CostEstimates(StepCostModel(curve))
+def costs_of(curve: np.ndarray, draft: float | None = None, max_rows: int = 64) -> CostEstimates:
+    """Of an engine for which drafting has paid so far."""
+    costs = CostEstimates(StepCostModel(curve), max_rows=max_rows)
+    for batch in (1, 2, 4, 8, 16, 32, 64):
+        for drafted in [False] * FIRST_PLAIN + [True] * TRIAL:
+            tokens = 9 if drafted else 1
+            costs.record.observe(batch, drafted=drafted, tokens=tokens, seconds=1.0, plain_seconds=1.0)
     if draft is not None:
         for rows in (1, 64):
             costs.observe_local_draft_step(rows, draft)
@@ -74,7 +80,7 @@ def test_no_other_choice_would_be_better(seed: int) -> None:
     scores = rng.random(4) ** 2
     curve = np.cumsum(rng.random(64) * 0.004) + 0.03
     draft = np.cumsum(rng.random(64) * 0.006)
-    costs = CostEstimates(StepCostModel(curve))
+    costs = costs_of(curve)
     for rows in range(1, 65):
         costs.observe_local_draft_step(rows, float(draft[rows - 1]))
     growers = round_of(costs, [tree_of([score]) for score in scores], width=1).growers()
@@ -119,7 +125,7 @@ def test_what_drafting_took_makes_larger_trees_pay() -> None:
     budgets = []
     for seconds in (1e-9, 2.0):
         tree = tree_of(expanded=False)
-        costs = CostEstimates(StepCostModel(curve), max_rows=3)
+        costs = costs_of(curve, max_rows=3)
         this_round = SerialRound(TreeShape(), costs, [tree], 1)
         tree.mark_expanded(ROOT)
         tree.add([ROOT, ROOT], [1, 2], [0.5, 0.25])

@@ -1,0 +1,96 @@
+"""Whether drafting has paid, by the clock: steps with and without it, compared.
+
+Expected gains and measured costs say when drafting should pay. What they leave out (a drafter that
+overstates its scores, a cost curve that is off, whatever a busy machine does) shows in the only figure that
+counts: tokens per second. Where steps with drafting have brought fewer, it stops, and is tried again after a
+pause that doubles each time, so that trying costs ever less.
+"""
+
+from dataclasses import dataclass, field
+
+FIRST_PLAIN = 2
+"""Steps without drafting that a batch size begins with, to have something to compare with."""
+TRIAL = 8
+"""Steps with drafting after which it is judged; half as many in every later trial."""
+REFRESH = 128
+"""Steps with drafting after which one goes without."""
+MARGIN = 1.1
+"""By how much drafting has to be faster: where it gains less, its risks and trials cost as much."""
+FIRST_PAUSE, LONGEST_PAUSE = 32, 1024
+MEMORY = 0.97
+"""What is left of an observation's weight after the next one."""
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Tokens, and what a plain step's rate would have brought in the same time; the latest weigh most."""
+
+    tokens: float = 0.0
+    expected: float = 0.0
+    count: int = 0
+
+    @property
+    def ratio(self) -> float:
+        return self.tokens / self.expected
+
+    def observe(self, tokens: int, expected: float) -> None:
+        self.tokens = MEMORY * self.tokens + tokens
+        self.expected = MEMORY * self.expected + expected
+        self.count += 1
+
+
+@dataclass(slots=True)
+class _BatchSize:
+    """waited: steps since drafting was stopped. pause: how many it takes until the next trial."""
+
+    plain: _Kind = field(default_factory=_Kind)
+    drafted: _Kind = field(default_factory=_Kind)
+    since_plain: int = 0
+    waited: int = 0
+    pause: int = FIRST_PAUSE
+
+    @property
+    def is_ahead(self) -> bool:
+        return self.drafted.count >= TRIAL and self.drafted.ratio >= MARGIN * self.plain.ratio
+
+
+class TrackRecord:
+    """For batch sizes that differ by less than twice, one record each."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, _BatchSize] = {}
+
+    def allows(self, batch: int, *, with_texts: bool) -> bool:
+        """Whether a step of so many requests may be preceded by drafting.
+
+        with_texts: the step takes in texts, too, and cannot be judged; then it is no trial.
+        """
+        size = self._of(batch)
+        if size.plain.count < FIRST_PLAIN or size.since_plain >= REFRESH:
+            return False
+        return size.is_ahead or (size.drafted.count < TRIAL and not with_texts)
+
+    def observe(
+        self, batch: int, *, drafted: bool, tokens: int, seconds: float, plain_seconds: float
+    ) -> None:
+        """A step of ``batch`` requests brought so many tokens.
+
+        seconds: of the whole step. plain_seconds: what a forward without nodes should take.
+        """
+        size = self._of(batch)
+        kind = size.drafted if drafted else size.plain
+        kind.observe(tokens, seconds * batch / plain_seconds)
+        if drafted:
+            size.since_plain += 1
+            if size.is_ahead:
+                size.pause = FIRST_PAUSE
+            return
+        size.since_plain = 0
+        if size.drafted.count >= TRIAL and not size.is_ahead:
+            size.waited += 1
+            if size.waited >= size.pause:
+                size.waited, size.pause = 0, min(2 * size.pause, LONGEST_PAUSE)
+                size.drafted = _Kind(count=TRIAL // 2)
+
+    def _of(self, batch: int) -> _BatchSize:
+        return self._sizes.setdefault(batch.bit_length(), _BatchSize())
