@@ -45,14 +45,23 @@ def saved_step_times(path: Path, runner: TargetRunner[AnySequence], max_rows: in
     """
     try:
         if path.exists():
-            times = np.array(json.loads(path.read_text(encoding="utf-8"))["step_seconds"], np.float64)
-            if times.ndim != 1 or not len(times) or not times[0] > 0 or (np.diff(times) < 0).any():
-                raise ValueError("step_seconds must be positive and must not decrease")
-            return times
+            return _read(path)
         times = measured_step_times(runner, max_rows)
         path.write_text(json.dumps({"step_seconds": times.tolist()}) + "\n", encoding="utf-8")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidConfigError(f"target_profile {path}: {error}") from None
+    except OSError as error:
+        raise InvalidConfigError(f"target_profile {path}: {error.strerror}") from None
+    return times
+
+
+def _read(path: Path) -> FloatArray:
+    try:
+        times = np.array(json.loads(path.read_text(encoding="utf-8"))["step_seconds"], np.float64)
+    except (ValueError, KeyError, TypeError):
+        times = np.zeros(0)
+    if times.ndim != 1 or not len(times) or not times[0] > 0 or not (np.diff(times) >= 0).all():
+        raise InvalidConfigError(
+            f"target_profile {path} must hold step_seconds, positive numbers that do not decrease"
+        )
     return times
 
 

@@ -17,6 +17,7 @@ from outrider.kernels.path_attention import PathKeys
 from outrider.kernels.tree_attention import AttentionGroup
 from outrider.models import batch
 from outrider.models.batch import Rows
+from outrider.models.block_pool import blocks_for
 from outrider.models.kv_cache import KVSequence
 from outrider.models.numerics import RowClasses
 from outrider.speculation.replication.messages import Growth
@@ -179,6 +180,27 @@ def commit_one_too_far(patch: pytest.MonkeyPatch) -> None:
 def commit_backwards(patch: pytest.MonkeyPatch) -> None:
     original = KVSequence.keep
     patch.setattr(KVSequence, "keep", lambda self, sources: original(self, sources[::-1].copy()))
+
+
+def publish_early(patch: pytest.MonkeyPatch) -> None:
+    """Publishes blocks that are reserved and not committed yet."""
+    original = KVSequence.publish
+
+    def published(self: KVSequence, tokens: IntArray) -> None:
+        length, self.length = self.length, min(self.room, len(tokens))
+        original(self, tokens)
+        self.length = length
+
+    patch.setattr(KVSequence, "publish", published)
+
+
+def share_all_blocks(self: KVSequence, length: int) -> KVSequence:
+    """A fork that also shares the block that both will write into."""
+    child, blocks = KVSequence(self._cache), self.blocks[: blocks_for(length)]
+    self._cache.blocks.share(blocks)
+    child._hold(blocks)
+    child.length = length
+    return child
 
 
 def accept_everything(tree: DraftTree, target_tokens: IntArray) -> Verdict:

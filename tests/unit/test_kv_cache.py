@@ -6,31 +6,11 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from instruments.kv_checks import check_forking, check_publishing, entries, make_cache, write
 
 from outrider.models.block_pool import BLOCK, BlockPool, blocks_for, next_key
-from outrider.models.kv_cache import NULL_SLOT, IntArray, KVCache, KVSequence, NodeArena
+from outrider.models.kv_cache import NULL_SLOT, KVSequence, NodeArena
 from outrider.speculation.errors import OutOfBlocksError
-
-
-def make_cache(blocks: int, numerics: str = "") -> KVCache:
-    return KVCache(
-        layers=2, kv_heads=1, head_dim=4, num_blocks=blocks, dtype=torch.float32, numerics=numerics
-    )
-
-
-def write(cache: KVCache, sequence: KVSequence, text: IntArray) -> None:
-    """Caches the rest of ``text``: each entry holds its token."""
-    start = sequence.length
-    assert sequence.reserve(len(text))
-    slots = torch.from_numpy(sequence.slots(start, len(text)))
-    cache.pool[:, slots] = torch.from_numpy(text[start:]).float()[None, :, None, None, None]
-    sequence.length = len(text)
-    sequence.publish(text)
-
-
-def entries(cache: KVCache, sequence: KVSequence) -> list[int]:
-    held: list[int] = cache.pool[1, sequence.slots(0, sequence.length), 1, 0, 0].int().tolist()
-    return held
 
 
 def test_blocks_are_disjoint_and_never_the_null_block() -> None:
@@ -164,35 +144,11 @@ def test_published_blocks_make_place_the_longest_unused_and_the_last_of_a_text_f
 
 
 def test_speculative_entries_are_not_published() -> None:
-    cache = make_cache(4)
-    sequence = KVSequence(cache)
-    text = np.arange(1, 2 * BLOCK + 1)
-    write(cache, sequence, text[:BLOCK])
-    assert sequence.reserve(2 * BLOCK)
-    sequence.publish(text)
-    again = KVSequence(cache)
-    again.adopt(text)
-    assert again.length == BLOCK
+    check_publishing()
 
 
 def test_a_fork_shares_full_blocks_and_copies_the_rest() -> None:
-    cache = make_cache(8)
-    text = np.arange(1, 71)
-    parent = KVSequence(cache)
-    write(cache, parent, text)
-    child = parent.fork(69)
-    assert child is not None
-    assert child.blocks[:2] == parent.blocks[:2]
-    assert child.blocks[2] != parent.blocks[2]
-    assert entries(cache, child) == text[:69].tolist()
-    mine = np.append(text[:69], [500, 501])
-    write(cache, child, mine)
-    assert entries(cache, parent) == text.tolist()
-    cache.check([parent.blocks, child.blocks])
-    parent.close()
-    assert entries(cache, child) == mine.tolist()
-    child.close()
-    cache.check_idle()
+    check_forking()
 
 
 def test_a_fork_without_a_block_for_the_rest_takes_nothing() -> None:

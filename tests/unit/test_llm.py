@@ -114,6 +114,28 @@ def test_a_second_open_request_is_refused_in_our_words(folder: Path) -> None:
     assert llm.generate([5, 6], GREEDY)
 
 
+def test_who_is_more_urgent_is_served_first(folder: Path) -> None:
+    llm = LLM(str(folder), max_num_seqs=1)
+    prompts, served = [[5, 6], [7, 8], [9]], []
+    expected = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
+    start = llm.engine.start
+    llm.engine.start = lambda request: served.append(request.prompt_ids.tolist()) or start(request)  # type: ignore
+    outputs = llm.generate(prompts, GREEDY, priority=[1, 0, -1])
+    assert served == [[9], [7, 8], [5, 6]]
+    assert [output.outputs[0].token_ids for output in outputs] == expected
+    with pytest.raises(InvalidRequestError, match="priority must be 3 numbers, not 2"):
+        llm.generate(prompts, GREEDY, priority=[1, 2])
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_repeated_prompts_are_found_unless_that_is_switched_off(folder: Path, caching: bool) -> None:
+    llm = LLM(str(folder), enable_prefix_caching=caching)
+    prompt = list(range(1, 70))
+    first, again = (llm.generate([prompt], GREEDY)[0].outputs[0] for _ in range(2))
+    assert first.token_ids == again.token_ids
+    assert (first.stats.cached_tokens, again.stats.cached_tokens) == (0, 64 if caching else 0)
+
+
 def test_streaming_several_choices_is_refused_at_once(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="n must be 1 to stream, not 2"):
         llm.stream("ab", SamplingParams(n=2))

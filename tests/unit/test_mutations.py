@@ -23,6 +23,7 @@ from instruments.checks import (
     check_law,
     check_stop_strings,
 )
+from instruments.kv_checks import check_forking, check_publishing
 from instruments.model_checks import (
     AuditedRunner,
     check_draft_session,
@@ -51,6 +52,7 @@ Check = Callable[[Path], object]
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENT = REPOSITORY / "docs" / "mutations.md"
 LAWS, SCENARIOS = "tests/golden/test_laws.py", "tests/golden/test_scenarios.py"
+CACHE = "tests/unit/test_kv_cache.py"
 MODELS = "tests/golden/test_model_scenarios.py"
 REPLICA = "tests/property/test_replica.py"
 
@@ -235,6 +237,18 @@ MUTATIONS = [
         mutate=setting(KVSequence, "close", lambda _: None),
         check=audited(check_idle_after_closing),
         caught_by=f"{MODELS}::test_nothing_leaks_from_requests_closed_half_way",
+    ),
+    Mutation(
+        name="KV published before it is committed",
+        mutate=faults.publish_early,
+        check=on_table(check_publishing),
+        caught_by=f"{CACHE}::test_speculative_entries_are_not_published",
+    ),
+    Mutation(
+        name="a block shared that both write into",
+        mutate=setting(KVSequence, "fork", faults.share_all_blocks),
+        check=on_table(check_forking),
+        caught_by=f"{CACHE}::test_a_fork_shares_full_blocks_and_copies_the_rest",
     ),
     Mutation(
         name="a stale generation accepted",
