@@ -34,7 +34,9 @@ def check_sizes(max_num_seqs: int, max_num_batched_tokens: int, tensor_parallel_
 def check_ranks(tensor_parallel_size: int) -> None:
     """Raises InvalidConfigError where there cannot be so many."""
     if isinstance(tensor_parallel_size, bool) or not tensor_parallel_size >= 1:
-        raise InvalidConfigError(f"tensor_parallel_size must be at least 1, not {tensor_parallel_size!r}")
+        raise InvalidConfigError(
+            f"tensor_parallel_size must be a positive integer, not {tensor_parallel_size!r}"
+        )
 
 
 def open_network(

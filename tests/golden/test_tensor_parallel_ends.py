@@ -127,7 +127,7 @@ def test_a_rank_ends_with_its_parent(folder: Path) -> None:
     """Also while it waits for the others."""
     store = open_store()
     settings = RankSettings(
-        rank=1, size=2, host=LOOPBACK, port=store.port, folder=str(folder), dtype="auto",
+        rank=1, size=2, host=LOOPBACK, port=store.port, model=str(folder), dtype="auto",
         numerics="canonical", max_model_len=None, threads=1,
     )  # fmt: skip
     words = [sys.executable, "-c", PARENT, json.dumps(asdict(settings))]

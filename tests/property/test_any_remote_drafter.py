@@ -171,8 +171,7 @@ def test_the_liar_is_believed_now_and_then(pipeline: str) -> None:
     say_more()
     target.finish([outcome])
     assert outcome.stats.growth_nodes > 50
-    # A serial target soon asks such a drafter for nothing.
-    assert outcome.stats.num_accepted_tokens > (3 if pipeline == "parallel" else 0)
+    assert outcome.stats.num_accepted_tokens > 1
     assert channel.breaches > 0
     assert outcome.stats.generations > 1
 
