@@ -93,13 +93,13 @@ class Scheduler(Generic[AnyCandidate]):
     def _admit(self) -> list[tuple[AnyCandidate, OutriderError]]:
         refused = []
         for candidate in list(self.waiting):
-            if not self._seat_for(candidate):
+            if not self._may_sit(candidate):
                 break
-            like, waits = self._likeness(candidate)
+            _, waits = self._likeness(candidate)
             if waits:
                 continue
             try:
-                entered = self._enter(candidate, like)
+                entered = self._enter(candidate)
             except OutriderError as error:
                 self.waiting.remove(candidate)
                 refused.append((candidate, error))
@@ -108,21 +108,18 @@ class Scheduler(Generic[AnyCandidate]):
                 break
         return refused
 
-    def _seat_for(self, candidate: AnyCandidate) -> bool:
-        """Whether there is a seat, which somebody less urgent may have to leave."""
-        if len(self.running) < self._max_num_seqs:
-            return True
-        if not self._is_less_urgent(self.running[-1], candidate):
-            return False
-        self._preempt(self.running[-1])
-        return True
+    def _may_sit(self, candidate: AnyCandidate) -> bool:
+        """Whether there is a seat, or somebody less urgent on one."""
+        free = len(self.running) < self._max_num_seqs
+        return free or self._is_less_urgent(self.running[-1], candidate)
 
-    def _enter(self, candidate: AnyCandidate, like: tuple[AnyCandidate, int] | None) -> bool:
-        while not candidate.enter(like):
+    def _enter(self, candidate: AnyCandidate) -> bool:
+        if len(self.running) == self._max_num_seqs:
+            self._preempt(self.running[-1])
+        while not candidate.enter(self._likeness(candidate)[0]):
             if not self.running or not self._is_less_urgent(self.running[-1], candidate):
                 return False
             self._preempt(self.running[-1])
-            like, _ = self._likeness(candidate)
         self.waiting.remove(candidate)
         insort(self.running, candidate, key=lambda each: each.rank)
         return True

@@ -185,6 +185,17 @@ def test_little_in_common_is_not_waited_for_but_used() -> None:
     assert late.began_with == [7]
 
 
+def test_nobody_leaves_a_seat_for_someone_who_waits_for_a_prompt() -> None:
+    memory = Memory(1000)
+    jobs = [job(0, 200, memory, first=7, priority=-1), job(1, 5, memory)]
+    scheduler = scheduler_of(jobs, 2)
+    step(scheduler, 64)
+    scheduler.add(job(2, 200, memory, first=7, priority=-1))
+    step(scheduler, 64)
+    assert names(scheduler.running) == [0, 1]
+    assert scheduler.num_preemptions == 0
+
+
 def test_what_a_request_waited_for_may_leave() -> None:
     memory = Memory(1000)
     jobs = [job(0, 200, memory, first=7), job(1, 200, memory, first=7)]
