@@ -85,5 +85,6 @@ class RemoteSerialPipeline:
         nodes = len(share) - 1
         steps = np.arange(depth + 1)[:, None]
         draft = np.where(steps > 0, (costs.round_trip or 0.0) + steps * (costs.draft_seconds or 0.0), 0.0)
-        rates = (1.0 + costs.trees.tokens(depth, nodes)) / (share + draft)
+        # Requests wait at the same time, so each bears its part of the wait, as of the step.
+        rates = (1.0 + costs.trees.tokens(depth, nodes)) / (share + draft / costs.company)
         return int(rates.argmax()) // (nodes + 1)

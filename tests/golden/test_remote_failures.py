@@ -181,7 +181,7 @@ def test_several_requests_survive_their_worker(params: SamplingParams, pipeline:
     deployment.target.finish(running)
     for outcome, each in zip(running, wanted, strict=True):
         assert outcome.token_ids == plain(LM, PROMPT, each)
-        assert second_half(outcome) >= 4
+        assert second_half(outcome) > 4
     assert sum(outcome.stats.drafter_failovers for outcome in running) == 2
     deployment.require_empty()
 
