@@ -10,7 +10,10 @@ from outrider.cluster.hosts import Host
 class LightHost(Host):
     """Loads nothing and serves nobody."""
 
-    async def start(self, settings: Any) -> None:
+    async def open_group(self) -> int:
+        return 0
+
+    async def start(self, settings: Any, *_: int) -> None:
         self.addresses = settings.addresses
 
     async def serve(self) -> None:

@@ -75,6 +75,7 @@ def ray(_two_nodes: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     from outrider.cluster import ray_launcher
 
     monkeypatch.setattr(ray_launcher, "TargetHost", LightHost)
+    monkeypatch.setattr(ray_launcher, "RankHost", LightHost)
     return ray
 
 
@@ -238,6 +239,7 @@ def test_a_process_that_cannot_be_made_says_why(ray: Any, monkeypatch: pytest.Mo
         assert row["phase"] in ("waiting", "placing")
 
     monkeypatch.setattr(ray_launcher, "TargetHost", light_hosts.BrokenHost)
+    monkeypatch.setattr(ray_launcher, "RankHost", light_hosts.BrokenHost)
     play(monkeypatch, BIG, 2, scenario)
     assert until(lambda: nothing_is_left(ray))
 
