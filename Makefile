@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-ray gpu-check lint protos clean
+.PHONY: demo test test-ray test-clients gpu-check lint protos clean
 
 # The stamp is newer than what it was made from, so a second run installs nothing.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/native/*pp)
@@ -21,11 +21,16 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest --ignore=tests/on_ray --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest --ignore=tests/on_ray --ignore=tests/clients --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Clusters as a whole: real Ray, real processes, three hosts in network namespaces where that is permitted.
 test-ray: $(VENV)/installed
 	$(BIN)/pytest tests/on_ray
+
+# Other projects' clients against a live server, each installed in an environment of its own (some minutes
+# and gigabytes the first time; one that cannot be installed is skipped, and said so).
+test-clients: $(VENV)/installed
+	$(BIN)/pytest --verbose tests/clients
 
 # The GPU kernels on a CUDA device, where there is one: the last line is JSON.
 gpu-check: $(VENV)/installed
@@ -37,4 +42,4 @@ protos: $(VENV)/installed
 		--python_out=src --pyi_out=src protos/speculation.proto
 
 clean:
-	rm -rf $(VENV) build kernels/native/*.so src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-clients build kernels/native/*.so src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis

@@ -28,7 +28,18 @@ def native(name: str, *headers: str) -> Extension:
 
 setup(
     ext_modules=[
-        native("linear", "numbers.hpp", "openmp.hpp", "weights.hpp", "selecting.hpp", "binding.hpp"),
+        native(
+            "linear",
+            "numbers.hpp",
+            "openmp.hpp",
+            "weights.hpp",
+            "int8.hpp",
+            "selecting.hpp",
+            "attention_job.hpp",
+            "layer_calls.hpp",
+            "binding.hpp",
+            "stack.hpp",
+        ),
         native(
             "layers",
             "numbers.hpp",
@@ -36,6 +47,8 @@ setup(
             "vectors.hpp",
             "pointwise.hpp",
             "attention.hpp",
+            "attention_job.hpp",
+            "layer_calls.hpp",
             "selecting.hpp",
             "layers_binding.hpp",
         ),

@@ -15,7 +15,7 @@ from outrider.models.batch import Rows, text_rows
 from outrider.models.block_pool import BLOCK, blocks_for
 from outrider.models.kv_cache import KVSequence, NodeArena
 from outrider.models.numerics import MAX_ROWS, MAX_TAIL
-from outrider.speculation.calibration import RankCalibration
+from outrider.speculation.calibration import LOWEST_SCORE, RankCalibration, TextCredit
 from outrider.speculation.errors import OutOfBlocksError
 from outrider.speculation.growth import Growable, choose_frontiers
 from outrider.speculation.living_tree import LivingTree, Reroot
@@ -68,7 +68,8 @@ class ModelDraftEngine:
             OutOfBlocksError: the KV cache has no room.
         """
         prompt_ids, output = token_ids[:prompt_length], token_ids[prompt_length:]
-        processor = LogitProcessor(params, prompt_ids, self.vocab_size, ending_ids(params, eos_ids))
+        stop_ids, device = ending_ids(params, eos_ids), self.runner.decoder.device
+        processor = LogitProcessor(params, prompt_ids, self.vocab_size, stop_ids, device)
         processor.commit(output)
         room = min(self.runner.max_model_len, len(token_ids) + params.max_tokens)
         return ModelDraftSession(self, token_ids, processor, TokenChooser(params, choice), children, room)
@@ -105,9 +106,9 @@ class ModelDraftEngine:
         perturbed = perturb(choosers, processed, positions)
         most = max(session.children for session, _, _ in ready)
         best, tokens = perturbed.topk(min(most, perturbed.shape[1]), dim=1)
-        shares = best / perturbed.sum(dim=1, keepdim=True)
-        scores = np.clip(np.nan_to_num(shares.to(torch.float64).numpy(), nan=0.0), 0.0, 1.0)
-        ids, start = tokens.numpy(), 0
+        shares = (best / perturbed.sum(dim=1, keepdim=True)).nan_to_num_(nan=0.0).clamp_(0.0, 1.0)
+        scores = shares.to(torch.float64).cpu().numpy()
+        ids, start = tokens.cpu().numpy(), 0
         for session, slots, _ in ready:
             rows = slice(start, start + len(slots))
             session.add_children(slots, ids[rows, : session.children], scores[rows, : session.children])
@@ -154,8 +155,6 @@ class LocalModelDrafting:
 class ModelDraftSession:
     """One request's tree, its KV and what the drafter expects of it."""
 
-    name = "draft_model"
-
     def __init__(
         self,
         engine: ModelDraftEngine,
@@ -177,11 +176,16 @@ class ModelDraftSession:
         self._cached = np.zeros(TREE_CAPACITY, np.bool_)
         self._ranks = np.zeros(TREE_CAPACITY, np.int64)
         self._raw_scores = np.zeros(TREE_CAPACITY)
+        self._corrected = np.zeros(TREE_CAPACITY)
+        self._credit = TextCredit()
 
     @property
     def root_rows(self) -> int:
         """Rows that expanding the root takes; 0 when it is expanded."""
         return len(self._uncached)
+
+    def proposers(self, slots: IntArray) -> dict[str, int]:
+        return {"draft_model": len(slots)}
 
     def commit(self, tokens: IntArray) -> Reroot:
         tree = self.tree
@@ -256,17 +260,19 @@ class ModelDraftSession:
 
     def add_children(self, slots: IntArray, tokens: IntArray, scores: FloatArray) -> None:
         """Adds the likely ones of ``[slots, children]`` tokens with conditional scores, best first."""
-        rank = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-        wanted = scores >= MIN_SCORE
-        corrected = self._engine.calibration.correct(rank[wanted], scores[wanted])
-        parents = np.broadcast_to(slots[:, None], tokens.shape)[wanted]
+        rows, ranks = (scores >= MIN_SCORE).nonzero()
+        raw = scores[rows, ranks]
+        corrected = self._engine.calibration.correct(ranks, raw)
         # First: children may take the slots of nodes that they push out.
         self.tree.mark_expanded(slots)
-        added = self.tree.add(parents, tokens[wanted], corrected)
+        credited = np.clip(self._credit.factor * corrected, LOWEST_SCORE, 1.0)
+        added = self.tree.add(slots[rows], tokens[rows, ranks], credited)
         placed = added >= 0
-        self._cached[added[placed]] = False
-        self._ranks[added[placed]] = rank[wanted][placed]
-        self._raw_scores[added[placed]] = scores[wanted][placed]
+        children = added[placed]
+        self._cached[children] = False
+        self._ranks[children] = ranks[placed]
+        self._raw_scores[children] = raw[placed]
+        self._corrected[children] = corrected[placed]
 
     def fits(self, slots: IntArray) -> bool:
         """Whether the session's room, which the draft model's own context bounds, lasts below these slots.
@@ -312,7 +318,10 @@ class ModelDraftSession:
         judged = np.append(path[:-1] if reroot.survived else path, ROOT)
         offered = np.isin(parents, judged)
         slots = live[offered]
-        self._engine.calibration.observe(self._ranks[slots], self._raw_scores[slots], np.isin(slots, path))
+        right = np.isin(slots, path)
+        self._engine.calibration.observe(self._ranks[slots], self._raw_scores[slots], right)
+        expected = float(self._corrected[slots].sum())
+        self._credit.observe(len(judged), hits=int(right.sum()), expected=expected)
 
 
 def _room(runner: ModelRunner, token_ids: IntArray, max_tokens: int) -> tuple[KVSequence, NodeArena]:

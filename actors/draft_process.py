@@ -41,6 +41,9 @@ class DraftProcess:
         at_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._worker, self._at_end = worker, at_end
+        self.on_sessions: Callable[[int], None] = lambda _: None
+        """Told, on ``run``'s thread, how many sessions there are whenever that has changed."""
+        self._told = 0
         self.model = welcome.model
         """The draft model's name."""
         self._events: deque[Callable[[], None]] = deque()
@@ -97,6 +100,9 @@ class DraftProcess:
     def _take_in(self) -> None:
         while self._events:
             self._events.popleft()()
+        if self._worker.num_sessions != self._told:
+            self._told = self._worker.num_sessions
+            self.on_sessions(self._told)
 
     def _wait(self) -> None:
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What one request's drafting session looks like, and prompt lookup as one.
+"""What one request's drafting session looks like; prompt lookup and the caller's prediction as such.
 
 A session owns the request's living tree. The engine asks it to grow, takes the best subtree,
 and tells it what was committed.
@@ -10,18 +10,22 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from outrider.speculation.drafters.ngram import NgramDrafter
+from outrider.speculation.drafters.prediction import PredictionDrafter
 from outrider.speculation.living_tree import LivingTree, Reroot
 from outrider.speculation.request import Request
 from outrider.speculation.statistics import SpeculationStatistics
-from outrider.speculation.tree import ROOT
+from outrider.speculation.tree import MAX_TREE_DEPTH, ROOT
 from outrider.speculation.types import IntArray
 
 
 class DraftSession(Protocol):
     """One request's drafting."""
 
-    name: str
     tree: LivingTree
+
+    def proposers(self, slots: IntArray) -> dict[str, int]:
+        """How many of these nodes each has proposed, by name."""
+        ...
 
     def commit(self, tokens: IntArray) -> Reroot:
         """Moves the root down newly committed tokens (int64 ``[count]``)."""
@@ -82,8 +86,6 @@ class NgramEngine:
 class NgramSession:
     """Drafts at once all that the text so far suggests."""
 
-    name = "ngram"
-
     def __init__(self, drafter: NgramDrafter, prompt_ids: IntArray) -> None:
         self._drafter = drafter
         self._text = prompt_ids
@@ -103,6 +105,9 @@ class NgramSession:
             slots[level] = self.tree.add(parents, drafted.tokens[level], conditional[level])
         self.tree.mark_expanded(np.append(slots, ROOT))
 
+    def proposers(self, slots: IntArray) -> dict[str, int]:
+        return {"ngram": len(slots)}
+
     def commit(self, tokens: IntArray) -> Reroot:
         self._text = np.concatenate((self._text, tokens))
         reroot = self.tree.reroot(tokens)
@@ -111,3 +116,45 @@ class NgramSession:
 
     def close(self) -> None:
         self.tree.clear()
+
+
+class PredictionEngine:
+    """Drafts for requests that bring a prediction; see ``PredictionDrafter``. It needs not be told to."""
+
+    def __init__(self, num_speculative_tokens: int) -> None:
+        self._num_speculative_tokens = num_speculative_tokens
+
+    def open(self, request: Request, stats: SpeculationStatistics) -> "PredictionSession":  # noqa: ARG002
+        assert request.prediction_ids is not None
+        return PredictionSession(PredictionDrafter(request.prediction_ids), self._num_speculative_tokens)
+
+
+class PredictionSession:
+    """Its tree is always all that there is to draft."""
+
+    def __init__(self, drafter: PredictionDrafter, num_speculative_tokens: int) -> None:
+        self._drafter, self._most = drafter, num_speculative_tokens
+        self.tree = LivingTree(drafter.law, MAX_TREE_DEPTH)
+        self._grow()
+
+    def proposers(self, slots: IntArray) -> dict[str, int]:
+        return {"prediction": len(slots)}
+
+    def commit(self, tokens: IntArray) -> Reroot:
+        self._drafter.commit(tokens)
+        reroot = self.tree.reroot(tokens)
+        self.tree.clear()
+        self._grow()
+        return reroot
+
+    def close(self) -> None:
+        self.tree.clear()
+
+    def _grow(self) -> None:
+        chain = self._drafter.propose(self._most)
+        count = len(chain)
+        slots = self.tree.graft(
+            np.full(count, ROOT), chain.parent_indices, chain.tokens, np.full(count, self._drafter.rate)
+        )
+        # Expanded nodes are offered to nobody else.
+        self.tree.mark_expanded(np.append(slots, ROOT))

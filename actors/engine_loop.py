@@ -27,11 +27,17 @@ class EngineLoop:
     """Runs a batch for as long as there are requests, and sleeps while there are none.
 
     on_failure: told, on the engine's thread, of an exception that ended the loop; requests in
-    flight get no further events then.
+    flight get no further events then. after_step: called there once every sink has what a step brought it.
     """
 
-    def __init__(self, batch: RunningBatch, on_failure: Callable[[BaseException], None]) -> None:
-        self._batch, self._on_failure = batch, on_failure
+    def __init__(
+        self,
+        batch: RunningBatch,
+        on_failure: Callable[[BaseException], None],
+        *,
+        after_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._batch, self._on_failure, self._after_step = batch, on_failure, after_step
         self._calls: dict[Ticket, Call] = {}
         self._orders: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
@@ -92,6 +98,7 @@ class EngineLoop:
                 _log_end(ticket)
         for call, brought in events.items():
             call.sink(brought)
+        self._after_step()
 
     def _admit(self, call: Call) -> None:
         for index, request in enumerate(call.requests):

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,11 +31,12 @@ OUTBOX_BYTES = 16 << 20
 
 _OPTIONS = (
     # A worker whose host vanished is noticed within a second: TCP drops what is not acknowledged
-    # in time. One that hangs acknowledges for ever; only the ping's own timeout finds it, within
-    # two. Pings wait behind large messages, so that must not be shorter.
+    # in time. One that hangs acknowledges for ever; only the ping's own timeout finds it. Nobody
+    # waits for that, a generation that is silent is given up long before; and a machine that pauses
+    # for some seconds, as virtual ones do, should find its workers where they were.
     ("grpc.keepalive_time_ms", 500),
     ("grpc.keepalive_timeout_ms", 500),
-    ("grpc.http2.ping_timeout_ms", 1000),
+    ("grpc.http2.ping_timeout_ms", 3000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # Else a new channel would share the old one's connection, and its backoff.
@@ -227,7 +229,7 @@ class GrpcDraftChannel:
             message = decode_drafter(data)
             if isinstance(message, Welcome):
                 raise WireError("a Welcome must be the first message of a stream, not a later one")
-            self._inbox.put(Received(message, len(data)))
+            self._inbox.put(Received(message, len(data), time.perf_counter()))
 
     def _count(self, data: bytes) -> None:
         self.messages_received += 1

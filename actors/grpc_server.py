@@ -31,7 +31,7 @@ _OPTIONS = (
     # A target that hangs, or whose host vanished, must not keep its sessions.
     ("grpc.keepalive_time_ms", 1000),
     ("grpc.keepalive_timeout_ms", 2000),
-    ("grpc.http2.ping_timeout_ms", 2000),
+    ("grpc.http2.ping_timeout_ms", 3000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.server_handshake_timeout_ms", 2000),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from outrider.actors.drafting import DraftSession
+from outrider.actors.remote_session import RemoteSession
 from outrider.actors.runner import TreeQuery
-from outrider.speculation.errors import ModelError, OutOfBlocksError
-from outrider.speculation.pipelines.actions import Verify, Wait
+from outrider.speculation.errors import InvalidRequestError, ModelError, OutOfBlocksError
+from outrider.speculation.logprobs import LogprobLog
+from outrider.speculation.pipelines.actions import Choice, Linger, Verify, Wait
 from outrider.speculation.request import Request, StepOutput
 from outrider.speculation.sampling import NO_TOKEN, LogitProcessor, TokenChooser, row_positions
 from outrider.speculation.statistics import SpeculationStatistics
@@ -25,8 +27,8 @@ log = logging.getLogger(__name__)
 class Pipeline(Protocol):
     """One request's decisions with a drafter in another process; see ``speculation/pipelines``."""
 
-    def decide(self, draft: Any, now: float) -> Wait | Verify:
-        """The next action; asked again after each ``Wait``."""
+    def decide(self, draft: Any, now: float) -> Wait | Linger | Verify:
+        """The next action; asked again whenever the step was held back."""
         ...
 
 
@@ -38,16 +40,22 @@ class RequestRun:
     """
 
     def __init__(self, engine: "TargetEngine", request: Request) -> None:
-        self._engine, self._request, target = engine, request, engine.target
+        self._engine, self.request, target = engine, request, engine.target
+        _require_known(request.prediction_ids, target.vocab_size)
         params = request.params
         max_model_len = target.runner.max_model_len
         self._stop = StopChecker(
             params, target.eos_ids, len(request.prompt_ids), max_model_len, target.detokenizer(request)
         )
         self.processor = LogitProcessor(
-            params, request.prompt_ids, target.vocab_size, ending_ids(params, target.eos_ids)
+            params,
+            request.prompt_ids,
+            target.vocab_size,
+            ending_ids(params, target.eos_ids),
+            target.device,
         )
         self.chooser = TokenChooser(params, request.choice)
+        self.logprobs = LogprobLog(params, request.prompt_ids)
         self._pipeline = engine.make_pipeline(request)
         self.stats = SpeculationStatistics()
         self.finished = False
@@ -59,7 +67,15 @@ class RequestRun:
         self._tokens[: self._length] = request.prompt_ids
         self._sequence: Any = None
         self._draft: DraftSession | None = None
-        self._drafts = engine.drafting is not None and request.speculative
+        self._selected: IntArray = np.zeros(0, np.int64)
+        asked = request.num_speculative_tokens
+        self._most_nodes = engine.shape.num_speculative_tokens if asked is None else asked
+        self._drafts = (
+            request.speculative and self._most_nodes > 0 and engine.drafting_of(request) is not None
+        )
+        self.is_predicted = self._drafts and request.prediction_ids is not None
+        """Whether the caller's prediction drafts for it."""
+        self._is_off = False
 
     @property
     def committed(self) -> IntArray:
@@ -76,6 +92,12 @@ class RequestRun:
         """Tokens of it that have none, at least the last one."""
         return self._length - self.num_cached
 
+    @property
+    def num_reusable(self) -> int:
+        """First tokens of it whose KV another may have computed; the rows of the others have to be run."""
+        first_row = self.logprobs.first_row
+        return self._length - 1 if first_row is None else first_row
+
     def enter(self, like: "tuple[RequestRun, int] | None" = None) -> bool:
         """Takes memory for the text, beginning with so many tokens of another's; False: there is none.
 
@@ -83,7 +105,7 @@ class RequestRun:
             OutriderError: its drafter cannot serve it.
         """
         shared = None if like is None else (like[0]._sequence, like[1])
-        sequence = self._engine.target.runner.open(self.committed, shared)
+        sequence = self._engine.target.runner.open(self.committed, shared, self.num_reusable)
         if sequence is None:
             return False
         self._sequence = sequence
@@ -145,10 +167,26 @@ class RequestRun:
         # The last token is the target's own whatever is drafted.
         return None if self._length + 1 >= self._limit else self._draft
 
-    def decide(self, now: float) -> Wait | Verify:
+    def decide(self, now: float) -> Wait | Linger | Verify:
         """What its pipeline wants next."""
         draft = self.draft
         return Verify(0) if draft is None else self._pipeline.decide(draft, now)
+
+    @property
+    def is_drafted_for(self) -> bool:
+        """Whether somebody in another process drafts for it."""
+        return isinstance(self._draft, RemoteSession) and self._draft.reachable
+
+    def observe_choice(self, choice: Choice) -> None:
+        """Counts a step that drafters in other processes might have helped with."""
+        if not isinstance(self._draft, RemoteSession):
+            return
+        if not self._draft.reachable:
+            choice = Choice.NO_DRAFTER
+        counts, off = self.stats.steps_by_choice, choice == Choice.OFF
+        counts[choice.value] = counts.get(choice.value, 0) + 1
+        self.stats.drafting_switches += off != self._is_off
+        self._is_off = off
 
     def observe_growth(self, rows: int, seconds: float) -> None:
         """Counts a draft step in this process, of which this request's share took so long."""
@@ -158,24 +196,32 @@ class RequestRun:
 
     def best_scores(self, budget: int) -> FloatArray:
         """Path scores of the ``budget`` best nodes, best first."""
+        budget = min(budget, self._most_nodes)
         if not budget or self._draft is None:
             return np.zeros(0)
         tree = self._draft.tree
         return -np.sort(-tree.path_scores[tree.slots])[:budget]
 
     def select(self, budget: int) -> DraftTree:
-        """The ``budget`` best nodes, or as many as there is memory for."""
+        """The ``budget`` best nodes, or as many as the request allows and there is memory for."""
+        budget = min(budget, self._most_nodes)
         if not budget or self._draft is None:
+            self._selected = np.zeros(0, np.int64)
             return DraftTree.empty()
         if not self._sequence.reserve(self._length + budget):
             budget = min(budget, self._sequence.room - self._length)
-        tree, _ = self._draft.tree.select(budget)
+        tree, self._selected = self._draft.tree.select(budget)
         return tree
 
     def query(self, count: int, tree: DraftTree | None) -> TreeQuery[Any]:
         """What the request contributes to a forward: so many pending tokens, then a tree."""
-        cached = self.num_cached
-        return TreeQuery(sequence=self._sequence, tokens=self._tokens[cached : cached + count], tree=tree)
+        start, stop = self.num_cached, self.num_cached + count
+        return TreeQuery(
+            sequence=self._sequence,
+            tokens=self._tokens[start:stop],
+            tree=tree,
+            text_logits=self.logprobs.num_text_rows(start, stop - (tree is not None)),
+        )
 
     def positions(self, tree: DraftTree) -> IntArray:
         """int64 ``[1 + nodes]``, of the tokens that the root's and the nodes' rows choose."""
@@ -195,51 +241,66 @@ class RequestRun:
             self.stats.record_verification(
                 num_draft_tokens=len(tree),
                 num_accepted_tokens=verdict.num_accepted_tokens,
-                drafter=self._draft.name,
+                proposers=self._draft.proposers(self._selected[verdict.accepted]),
             )
-            hits, costs = verdict.num_accepted_tokens, self._engine.costs
-            if len(tree):
-                with_children = np.isin(np.append(verdict.accepted, ROOT), tree.parent_indices)
-                costs.observe_verdict(hits, int(with_children.sum()), float(tree.scores.sum()))
+            if self.is_predicted:
+                self.stats.accepted_prediction_tokens += verdict.num_accepted_tokens
+                self.stats.rejected_prediction_tokens += len(tree) - verdict.num_accepted_tokens
             else:
-                costs.observe_verdict(0, 0, 0.0)
+                self._learn(tree, verdict)
 
     def commit(self, tree: DraftTree, verdict: Verdict) -> StepOutput:
         """Makes the accepted path and the target's token part of the text."""
         if verdict.token == NO_TOKEN:
             return self._fail(self._length + verdict.num_accepted_tokens)
         self._engine.target.runner.accept(self._sequence, verdict.accepted)
-        drafted = tree.tokens[verdict.accepted]
-        tokens = np.append(drafted, verdict.token)
-        outcome = self._stop.push(tokens.tolist())
+        drafted = tree.tokens[verdict.accepted].tolist()
+        tokens = [*drafted, verdict.token]
+        outcome = self._stop.push(tokens)
         kept = tokens[: outcome.num_kept]
+        first = self.stats.num_output_tokens == 0
         self.finished = outcome.finish_reason is not None
-        self._tokens[self._length : self._length + len(kept)] = kept
-        self._length += len(kept)
+        start, self._length = self._length, self._length + len(kept)
+        self._tokens[start : self._length] = kept
         self._sequence.publish(self.committed)
         self.stats.num_output_tokens += len(kept)
         if not self.finished:
-            self.processor.commit(kept)
-            self._reroot(kept)
+            self.processor.commit(self._tokens[start : self._length])
+            self._reroot(self._tokens[start : self._length])
         return StepOutput(
-            token_ids=kept.tolist(),
+            token_ids=kept,
             num_accepted=min(len(kept), len(drafted)),
             text=self._stop.take_text(),
             finish_reason=outcome.finish_reason,
             stop_reason=outcome.stop_reason,
+            logprobs=self.logprobs.commit(len(kept)),
+            prompt_logprobs=self.logprobs.prompt if first else None,
         )
+
+    def _learn(self, tree: DraftTree, verdict: Verdict) -> None:
+        """Tells the engine's estimates how its drafter fared."""
+        hits, costs = verdict.num_accepted_tokens, self._engine.costs
+        if len(tree):
+            with_children = np.isin(np.append(verdict.accepted, ROOT), tree.parent_indices)
+            costs.observe_verdict(hits, int(with_children.sum()), float(tree.scores.sum()))
+        else:
+            costs.observe_verdict(0, 0, 0.0)
 
     def _open_draft(self) -> None:
         """Opens its drafting, once; without room at the drafter the request is decoded plainly."""
         self._drafts = False
-        assert self._engine.drafting is not None
+        drafting = self._engine.drafting_of(self.request)
+        assert drafting is not None
         try:
-            self._draft = self._engine.drafting.open(self._request, self.stats)
+            self._draft = drafting.open(self.request, self.stats)
         except OutOfBlocksError as error:
-            log.info("request %s: not drafted for: %s", self._request.request_id, error)
+            log.info("request %s: not drafted for: %s", self.request.request_id, error)
 
     def _fail(self, position: int) -> StepOutput:
-        message = f"the model gave NaN or infinite logits for the token at position {position}"
+        message = (
+            f"no token can be chosen at position {position}: the model gave NaN or infinite logits, "
+            "or the request's parameters forbid every token"
+        )
         self.finished, self.error = True, ModelError(message)
         return StepOutput(token_ids=[], num_accepted=0, text="")
 
@@ -249,3 +310,10 @@ class RequestRun:
             survived = self._draft.commit(tokens).survived
             self.stats.reroot_hits += had_tree and survived
             self.stats.reroot_misses += had_tree and not survived
+
+
+def _require_known(prediction_ids: IntArray | None, vocab_size: int) -> None:
+    if prediction_ids is None:
+        return
+    for token in prediction_ids[(prediction_ids < 0) | (prediction_ids >= vocab_size)]:
+        raise InvalidRequestError(f"prediction token {token} is not in the vocabulary of {vocab_size}")

@@ -42,12 +42,15 @@ class TreeQuery(Generic[AnySequence]):
     """What one sequence asks of a forward.
 
     tokens: int64 ``[k]``, the next committed tokens, which are not cached yet.
-    tree: the nodes below the last of them; None asks for no logits, only to cache the tokens.
+    tree: the nodes below the last of them; None asks for no logits of theirs, only to cache the tokens.
+    text_logits: of how many tokens the logits are wanted as well: the last ones, or, where there is a
+        tree, those before its root.
     """
 
     sequence: AnySequence
     tokens: IntArray
     tree: DraftTree | None
+    text_logits: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -61,7 +64,9 @@ class TargetRunner(Protocol[AnySequence]):
     @property
     def max_model_len(self) -> int: ...
 
-    def open(self, text: IntArray, like: tuple[AnySequence, int] | None = None) -> AnySequence | None: ...
+    def open(
+        self, text: IntArray, like: tuple[AnySequence, int] | None = None, reusable: int | None = None
+    ) -> AnySequence | None: ...
 
     def verify(self, queries: abc.Sequence[TreeQuery[AnySequence]]) -> list[torch.Tensor]: ...
 

@@ -41,6 +41,13 @@ class Ticket:
         """See ``Candidate``."""
         return 0 if self.run is None else self.run.num_cached
 
+    @property
+    def num_reusable(self) -> int:
+        """See ``Candidate``."""
+        if self.run is not None:
+            return self.run.num_reusable
+        return 0 if self.request.params.prompt_logprobs is not None else len(self.request.prompt_ids) - 1
+
     def enter(self, like: "tuple[Ticket, int] | None") -> bool:
         """See ``Candidate``."""
         if self.run is None:
@@ -156,5 +163,7 @@ class RunningBatch:
                 finish_reason=output.finish_reason,
                 stop_reason=output.stop_reason,
                 stats=run.stats,
+                logprobs=run.logprobs.output,
+                prompt_logprobs=run.logprobs.prompt,
             )
         self.cancel(ticket)

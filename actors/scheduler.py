@@ -24,7 +24,7 @@ class Candidate(Protocol):
 
     rank: priority and number of arrival, the most urgent first.
     text: int64 ``[length]``, its committed tokens. num_cached: how many of them have KV; the last
-    one never has.
+    one never has. num_reusable: how many first ones another's KV would do for, at most all but the last.
     """
 
     rank: tuple[int, int]
@@ -34,6 +34,9 @@ class Candidate(Protocol):
 
     @property
     def num_cached(self) -> int: ...
+
+    @property
+    def num_reusable(self) -> int: ...
 
     def enter(self, like: tuple[Any, int] | None) -> bool:
         """Takes memory for its text, beginning with so many tokens of another's; False: there is none.
@@ -131,7 +134,7 @@ class Scheduler(Generic[AnyCandidate]):
         """
         best, now, later = None, 0, 0
         for other in self.running:
-            shared = common_prefix(candidate.text[:-1], other.text)
+            shared = common_prefix(candidate.text[: candidate.num_reusable], other.text)
             cached = min(shared, other.num_cached)
             if cached > now:
                 best, now = (other, cached), cached

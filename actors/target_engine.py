@@ -1,5 +1,6 @@
 """The target side: requests go from prompt to finish in steps of schedule, run, commit."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,14 +8,18 @@ from typing import Any, Generic, Protocol
 
 import torch
 
-from outrider.actors.drafting import DraftEngine, LocalDraftEngine
+from outrider.actors.drafting import DraftEngine, LocalDraftEngine, PredictionEngine
 from outrider.actors.request_run import Pipeline, RequestRun
 from outrider.actors.runner import AnySequence, TargetRunner
 from outrider.actors.scheduler import share_rows
+from outrider.actors.tracing import Trace
+from outrider.models.device import CPU
 from outrider.models.numerics import MAX_ROWS
-from outrider.speculation.pipelines.actions import Verify
+from outrider.speculation.logprobs import answer_together
+from outrider.speculation.pipelines.actions import Choice, Linger, Verify, Wait
 from outrider.speculation.pipelines.costs import CostEstimates
 from outrider.speculation.pipelines.parallel import ParallelPipeline
+from outrider.speculation.pipelines.prediction import PredictionPipeline
 from outrider.speculation.pipelines.registry import PIPELINES
 from outrider.speculation.pipelines.serial import SerialRound
 from outrider.speculation.pipelines.shape import TreeShape
@@ -24,6 +29,8 @@ from outrider.speculation.selection import share_budget
 from outrider.speculation.stopping import TextSource
 from outrider.speculation.tree import DraftTree
 from outrider.speculation.types import Verdict, Verifier
+
+log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 MakePipeline = Callable[[TreeShape, CostEstimates], Any]
@@ -35,12 +42,14 @@ class TargetModel(Generic[AnySequence]):
 
     vocab_size: real tokens; the head may be padded beyond them.
     detokenizer: makes a fresh one for each request.
+    device: where the runner's logits are.
     """
 
     runner: TargetRunner[AnySequence]
     vocab_size: int
     eos_ids: tuple[int, ...]
     detokenizer: Callable[[Request], TextSource]
+    device: torch.device = CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +83,7 @@ class TargetEngine:
     processes have sent; the same object as ``drafting`` where these are used.
     make_pipeline: one for each request that names none, where drafters are in other processes.
     costs: what steps take, as far as it is known beforehand. max_rows: of one forward.
+    trace: is told what happens, and when.
     """
 
     def __init__(
@@ -88,20 +98,29 @@ class TargetEngine:
         costs: CostEstimates | None = None,
         max_rows: int = MAX_ROWS,
         clock: Clock = time.perf_counter,
+        trace: Trace | None = None,
     ) -> None:
         self.target, self.verifier, self.drafting, self.shape = target, verifier, drafting, shape
-        self.clock, self.max_rows = clock, max_rows
+        self.clock, self.max_rows, self.trace = clock, max_rows, trace
         self.costs = costs or CostEstimates(max_rows=max_rows)
         self.steps, self.reconcile_seconds = 0, 0.0
         """Target steps, and the time that taking in remote growth took between them."""
+        self._predictions = PredictionEngine(shape.num_speculative_tokens)
         self._remote, self._make_pipeline = remote, make_pipeline
         self._busy = (0.0, 0.0)
-        self._drafted = False
-        """Whether the last step had anything to do with drafts made in this process."""
+        self.drafted = False
+        """Whether the last step had anything to do with drafts."""
+        self._complained = False
+
+    def drafting_of(self, request: Request) -> DraftEngine | None:
+        """Who drafts for a request: its own prediction, if it brings one, and nobody else."""
+        return self.drafting if request.prediction_ids is None else self._predictions
 
     def make_pipeline(self, request: Request) -> Pipeline:
-        """A new request's, where drafters are in other processes."""
+        """A new request's, where nobody drafts in this process."""
         make: MakePipeline = self._make_pipeline if request.pipeline is None else PIPELINES[request.pipeline]
+        if request.prediction_ids is not None:
+            make = PredictionPipeline
         pipeline: Pipeline = make(self.shape, self.costs)
         return pipeline
 
@@ -126,8 +145,12 @@ class TargetEngine:
             None if part.tree is None or verdict is None else part.run.commit(part.tree, verdict)
             for part, verdict in zip(parts, verdicts, strict=True)
         ]
+        if self.trace is not None:
+            self.trace.stepped((began, self.clock()), self._busy, parts, verdicts, outputs)
         if self.shape.adaptive and isinstance(self.drafting, LocalDraftEngine):
             self._keep_record(parts, outputs, self.clock() - began)
+        elif self.shape.adaptive and self._remote is not None:
+            self._keep_record_elsewhere(parts, outputs, self.clock() - began)
         return outputs
 
     def _schedule(self, runs: Sequence[RequestRun]) -> list[Part]:
@@ -155,23 +178,27 @@ class TargetEngine:
         """Has trees grow while that pays; most nodes of each to verify."""
         drafts = [run.draft for run in runs]
         trees = [None if draft is None else draft.tree for draft in drafts]
-        this_round = SerialRound(self.shape, self.costs, trees, text_rows)
-        self._drafted = False
+        given = [index for index, run in enumerate(runs) if run.is_predicted]
+        this_round = SerialRound(self.shape, self.costs, trees, text_rows, given)
+        self.drafted = False
         while growers := this_round.growers():
             began = self.clock()
             rows = drafting.grow([drafts[index] for index in growers], self.shape.width)
             seconds = self.clock() - began
+            if self.trace is not None:
+                self.trace.drafted((began, began + seconds), [runs[index] for index in growers], rows)
             this_round.observe_growth(growers, rows, seconds)
             total = max(1, sum(rows))
             for index, count in zip(growers, rows, strict=True):
                 runs[index].observe_growth(count, seconds * count / total)
-            self._drafted = True
+            self.drafted = True
         budgets = this_round.budgets()
-        self._drafted |= any(budgets)
+        self.drafted |= any(count for index, count in enumerate(budgets) if index not in given)
         return budgets
 
     def _drafted_elsewhere(self, runs: Sequence[RequestRun], text_rows: int) -> list[int]:
         """Waits for drafters in other processes where that pays; most nodes of each to verify."""
+        self.costs.company, self.costs.with_texts = len(runs), text_rows > len(runs)
         budgets = self._decide(runs)
         if len(runs) == 1:
             return [min(budgets[0], self.max_rows - text_rows)]
@@ -180,33 +207,47 @@ class TargetEngine:
 
     def _decide(self, runs: Sequence[RequestRun]) -> list[int]:
         """Most nodes that each request wants verified."""
-        self.costs.company = len(runs)
+        began = self.clock()
+        choices: dict[RequestRun, Choice] = {}
         budgets: dict[RequestRun, int] = {}
         while True:
             self._take_growth()
-            deadlines = []
-            for run in runs:
-                if run not in budgets:
-                    action = run.decide(self.clock())
-                    if isinstance(action, Verify):
-                        budgets[run] = action.budget
-                    else:
-                        deadlines.append(action.until)
-            if not deadlines:
+            now = self.clock()
+            open_runs = [run for run in runs if run not in budgets]
+            actions = [run.decide(now) for run in open_runs]
+            offers = [action for action in actions if isinstance(action, Linger)]
+            deadlines = [action.until for action in actions if isinstance(action, Wait)]
+            # Who waits for an answer makes everybody wait; only without that is it a question of gain.
+            linger = self.costs.linger
+            until = min(deadlines) if deadlines else linger.hold_until(offers, len(runs), began, now)
+            for run, action in zip(open_runs, actions, strict=True):
+                if isinstance(action, Verify) or (isinstance(action, Linger) and until is None):
+                    budgets[run] = action.budget
+                choices[run] = _choice(action, choices.get(run), held=until is not None)
+            if until is None:
+                helped = any(choice is not Choice.OFF for choice in choices.values())
+                self.drafted = helped and self.drafting is not None
+                for run, choice in choices.items():
+                    run.observe_choice(choice)
                 return [budgets[run] for run in runs]
-            self._hold_back([run for run in runs if run not in budgets], min(deadlines))
+            self._hold_back([run for run in runs if run not in budgets], until)
 
     def _take_growth(self) -> None:
         if self._remote is not None:
             began = self.clock()
             self._remote.poll(self._busy)
-            self.reconcile_seconds += self.clock() - began
+            ended = self.clock()
+            self.reconcile_seconds += ended - began
+            if self.trace is not None:
+                self.trace.took_growth((began, ended))
 
     def _hold_back(self, waiting: Sequence[RequestRun], until: float) -> None:
         """Waits for growth; rows without reason to wait wait too, for one forward serves all."""
         assert self._remote is not None, "only remote drafters are waited for"
         began = self.clock()
         self._remote.wait(until - began)
+        if self.trace is not None:
+            self.trace.waited((began, self.clock()), waiting)
         for run in waiting:
             run.stats.wait_seconds += self.clock() - began
 
@@ -216,6 +257,7 @@ class TargetEngine:
         began = self.clock()
         logits = self.target.runner.verify([part.run.query(part.count, part.tree) for part in parts])
         verdicts = self._judge(parts, logits)
+        self._tell_logprobs(parts, logits, verdicts)
         ended = self.clock()
         self.steps += 1
         self._busy = (began, ended)
@@ -232,7 +274,7 @@ class TargetEngine:
     def _judge(self, parts: Sequence[Part], logits: Sequence[torch.Tensor]) -> list[Verdict | None]:
         """Chooses the target's own tokens at every row that asks, and follows them down the trees."""
         asking = [
-            (part.run, part.tree, each)
+            (part.run, part.tree, each if len(each) == 1 + len(part.tree) else each[-1 - len(part.tree) :])
             for part, each in zip(parts, logits, strict=True)
             if part.tree is not None
         ]
@@ -243,10 +285,22 @@ class TargetEngine:
             self._processed(asking),
             [run.positions(tree) for run, tree, _ in asking],
         )
+        if self.trace is not None:
+            self.trace.judged(tokens)
         verdicts = (
             self.verifier.verify(tree, each) for (_, tree, _), each in zip(asking, tokens, strict=True)
         )
         return [None if part.tree is None else next(verdicts) for part in parts]
+
+    def _tell_logprobs(
+        self, parts: Sequence[Part], logits: Sequence[torch.Tensor], verdicts: Sequence[Verdict | None]
+    ) -> None:
+        """Looks up what requests want to know of the rows that their tokens came from."""
+        questions = [
+            part.run.logprobs.ask(each, part.tree, verdict)
+            for part, each, verdict in zip(parts, logits, verdicts, strict=True)
+        ]
+        answer_together([each for each in questions if each is not None], self.target.vocab_size)
 
     def _processed(self, asking: Sequence[tuple[RequestRun, DraftTree, torch.Tensor]]) -> torch.Tensor:
         """Logits ``[R, V]`` that tokens are chosen from."""
@@ -257,12 +311,63 @@ class TargetEngine:
     def _keep_record(
         self, parts: Sequence[Part], outputs: Sequence[StepOutput | None], seconds: float
     ) -> None:
-        """Notes what a step brought, unless it took in texts, which neither way does any better."""
-        if all(part.count == 1 for part in parts):
+        """Notes what a step brought those that are drafted for in this process, or could be.
+
+        Not if it took in texts, which neither way does any better.
+        """
+        ours = [
+            output
+            for part, output in zip(parts, outputs, strict=True)
+            if not part.run.is_predicted and output
+        ]
+        if ours and all(part.count == 1 for part in parts):
+            rows = sum(part.num_rows if part.run.is_predicted else 1 for part in parts)
             self.costs.record.observe(
-                len(parts),
-                drafted=self._drafted,
-                tokens=sum(len(output.token_ids) for output in outputs if output is not None),
+                len(ours),
+                drafted=self.drafted,
+                tokens=sum(len(output.token_ids) for output in ours),
                 seconds=seconds,
-                plain_seconds=float(self.costs.curve(self.max_rows)[len(parts) - 1]),
+                plain_seconds=float(self.costs.curve(self.max_rows)[rows - 1]),
             )
+
+    def _keep_record_elsewhere(
+        self, parts: Sequence[Part], outputs: Sequence[StepOutput | None], seconds: float
+    ) -> None:
+        """Notes what a step brought with drafters in other processes, if one was in reach.
+
+        Not if it took in texts.
+        """
+        if not any(part.run.is_drafted_for for part in parts) or any(part.count > 1 for part in parts):
+            return
+        done = [output for output in outputs if output is not None]
+        record, batch = self.costs.record_elsewhere, len(parts)
+        record.observe(
+            batch,
+            drafted=self.drafted,
+            tokens=sum(len(output.token_ids) for output in done),
+            seconds=seconds,
+            plain_seconds=float(self.costs.curve(self.max_rows)[batch - 1]),
+        )
+        if self.drafted:
+            self.costs.linger.observe(
+                batch,
+                promised=sum(float(part.tree.scores.sum()) for part in parts if part.tree is not None),
+                accepted=sum(output.num_accepted for output in done),
+                seconds=seconds,
+            )
+        if record.has_stopped(batch) and not self._complained:
+            self._complained = True
+            log.info(
+                "steps of %d requests were no faster with draft workers than without, so these rest for a "
+                "while; a drafter in the target's own process, or none, may serve better here",
+                batch,
+            )
+
+
+def _choice(action: Linger | Verify | Wait, before: Choice | None, *, held: bool) -> Choice:
+    """How the step came about, as far as that is known."""
+    if isinstance(action, Verify):
+        return before or action.choice
+    if isinstance(action, Wait):
+        return Choice.WAITED
+    return Choice.LINGERED if held else before or Choice.AT_ONCE

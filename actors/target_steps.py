@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from outrider.kernels.paged_attention import TreeKeys
 from outrider.kernels.path_attention import PathKeys
 from outrider.kernels.tree_attention import AttentionGroup
-from outrider.models.batch import Batch
+from outrider.models.batch import Attended, Batch
 
 IntArray = npt.NDArray[np.int64]
 
@@ -35,6 +36,13 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
+class Measure:
+    """Say how much of the device is left beside a step of so many rows."""
+
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class MakeCache:
     """Make the cache that the following steps work on."""
 
@@ -46,8 +54,8 @@ class Stop:
     """There are no more steps."""
 
 
-Step: TypeAlias = Forward | Move | MakeCache | Stop
-_KINDS: tuple[type[Step], ...] = (Forward, Move, MakeCache, Stop)
+Step: TypeAlias = Forward | Move | Measure | MakeCache | Stop
+_KINDS: tuple[type[Step], ...] = (Forward, Move, Measure, MakeCache, Stop)
 
 
 def encode(steps: Sequence[Step]) -> IntArray:
@@ -78,8 +86,8 @@ def _arrays(step: Step) -> list[IntArray]:
             return [*rows, *_wanted(batch.logit_rows), *_attended(batch.attended)]
         case Move(source, target):
             return [source.numpy(), target.numpy()]
-        case MakeCache(num_blocks):
-            return [np.array([num_blocks])]
+        case MakeCache(number) | Measure(number):
+            return [np.array([number])]
         case Stop():
             return []
 
@@ -90,25 +98,28 @@ def _step(kind: type[Step], arrays: Sequence[IntArray], score_dtype: torch.dtype
     if kind is Move:
         source, target = map(torch.from_numpy, arrays)
         return Move(source, target)
-    return MakeCache(int(arrays[0][0])) if kind is MakeCache else Stop()
+    if kind is MakeCache or kind is Measure:
+        return kind(int(arrays[0][0]))
+    return Stop()
 
 
 def _batch(arrays: Sequence[IntArray], score_dtype: torch.dtype) -> Batch:
-    tokens, positions, slots, consecutive, wanted, by_path, *attended = arrays
+    tokens, positions, slots, consecutive, wanted, form, *attended = arrays
     return Batch(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(positions),
         slots=torch.from_numpy(slots),
-        attended=PathKeys(**dict(zip(_PATH_KEYS, attended, strict=True)))
-        if len(by_path)
-        else [_group(attended[at : at + 5], score_dtype) for at in range(0, len(attended), 5)],
+        attended=_read_attended(int(form[0]), attended, score_dtype),
         logit_rows=slice(*wanted.tolist()) if len(consecutive) else torch.from_numpy(wanted),
     )
 
 
 _NO: IntArray = np.zeros(0, np.int64)
 _YES: IntArray = np.ones(1, np.int64)
+_GROUPS, _PATHS, _TREES = range(3)
+"""What a batch attends."""
 _PATH_KEYS = [field.name for field in fields(PathKeys)]
+_TREE_KEYS = [field.name for field in fields(TreeKeys) if field.name not in ("ancestors", "longest")]
 
 
 def _wanted(rows: slice | torch.Tensor) -> list[IntArray]:
@@ -118,11 +129,34 @@ def _wanted(rows: slice | torch.Tensor) -> list[IntArray]:
     return [_NO, rows.numpy()]
 
 
-def _attended(attended: list[AttentionGroup] | PathKeys) -> list[IntArray]:
-    """Whether these are paths; then the arrays of these, or five of each group."""
+def _attended(attended: Attended) -> list[IntArray]:
+    """The form, and its arrays: five of each group.
+
+    Those of devices, too, are laid out on the host, and each rank brings them to its own.
+    """
     if isinstance(attended, PathKeys):
-        return [_YES, *(getattr(attended, name) for name in _PATH_KEYS)]
-    return [_NO, *(array for group in attended for array in _of_group(group))]
+        return [np.array([_PATHS]), *(getattr(attended, name) for name in _PATH_KEYS)]
+    if isinstance(attended, TreeKeys):
+        words = attended.ancestors.numpy()
+        sizes = np.array([attended.longest, words.shape[1]])
+        arrays = (getattr(attended, name).numpy() for name in _TREE_KEYS)
+        return [np.array([_TREES]), *arrays, words.reshape(-1).astype(np.int64), sizes]
+    assert isinstance(attended, list), "a batch that stands on a device already"
+    return [np.array([_GROUPS]), *(array for group in attended for array in _of_group(group))]
+
+
+def _read_attended(form: int, arrays: Sequence[IntArray], score_dtype: torch.dtype) -> Attended:
+    if form == _PATHS:
+        return PathKeys(**dict(zip(_PATH_KEYS, arrays, strict=True)))
+    if form == _TREES:
+        *keys, words, sizes = arrays
+        longest, per_row = sizes.tolist()
+        return TreeKeys(
+            **{name: torch.from_numpy(each) for name, each in zip(_TREE_KEYS, keys, strict=True)},
+            ancestors=torch.from_numpy(words.astype(np.int32)).view(-1, per_row),
+            longest=longest,
+        )
+    return [_group(arrays[at : at + 5], score_dtype) for at in range(0, len(arrays), 5)]
 
 
 def _of_group(group: AttentionGroup) -> list[IntArray]:

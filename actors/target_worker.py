@@ -5,14 +5,15 @@ and of the KV cache, and do as they are told.
 """
 
 import contextlib
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 
-from outrider.actors.target_steps import Forward, MakeCache, Move, Step, Stop, decode, encode
-from outrider.kernels.kv_move import kv_move
+from outrider.actors.target_steps import Forward, MakeCache, Measure, Move, Step, Stop, decode, encode
 from outrider.models.batch import Batch
 from outrider.models.decoder import Decoder
+from outrider.models.device_memory import DeviceMemory
 from outrider.models.kv_cache import KVCache
 from outrider.models.numerics import RowClasses
 from outrider.models.parallel import RankGroup
@@ -32,12 +33,22 @@ class Network(Protocol):
     def classes(self) -> RowClasses: ...
 
     @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    @property
     def attention_dtype(self) -> torch.dtype: ...
 
     @property
     def window(self) -> int | None: ...
 
+    def memory(self, rows: int) -> DeviceMemory: ...
+
     def make_cache(self, num_blocks: int, *, prefix_caching: bool = True) -> KVCache: ...
+
+    def capture(self, cache: KVCache) -> None: ...
 
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor: ...
 
@@ -53,37 +64,54 @@ class TargetLeader:
         self.decoder, self._ranks = decoder, ranks
         self.max_model_len, self.classes = decoder.max_model_len, decoder.classes
         self.attention_dtype, self.window = decoder.attention_dtype, decoder.window
+        self.device, self.block_bytes = decoder.device, decoder.block_bytes
         self._moves: list[Step] = []
         """KV moves that the other ranks will be told of with the next forward."""
+
+    def memory(self, rows: int) -> DeviceMemory:
+        """See ``Decoder``."""
+        with self._led(Measure(rows)):
+            return self.decoder.memory(rows)
 
     def make_cache(self, num_blocks: int, *, prefix_caching: bool = True) -> KVCache:
         """See ``Decoder``; every rank makes its part."""
         self._ranks.tell(encode([MakeCache(num_blocks)]))
         cache = self.decoder.make_cache(num_blocks, prefix_caching=prefix_caching)
+        move_own = cache.move
 
         def move(source: torch.Tensor, target: torch.Tensor) -> None:
             self._moves.append(Move(source, target))
-            kv_move(cache.pool, source, target)
+            move_own(source, target)
 
         cache.move = move
         return cache
 
+    def capture(self, cache: KVCache) -> None:
+        """See ``Decoder``; what ranks send each other is not captured (docs/gpu.md)."""
+
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """See ``Decoder``."""
-        try:
-            self._ranks.tell(encode([*self._moves, Forward(batch)]))
+        with self._led(*self._moves, Forward(batch)):
             self._moves = []
             return self.decoder.forward(batch, cache)
-        except BaseException as error:
-            # The others are in the middle of something that will not be finished.
-            self._ranks.abort(f"a step of the tensor-parallel target was given up: {error!r}")
-            raise
 
     def stop(self) -> None:
         """Sends the other ranks home, if they can still be reached."""
         with contextlib.suppress(TargetGroupError):
             self._ranks.tell(encode([Stop()]), timeout=STOP_SECONDS)
         self._ranks.leave("the tensor-parallel target has been stopped")
+
+    @contextlib.contextmanager
+    def _led(self, *steps: Step) -> Iterator[None]:
+        """Has the others do these, while this rank does so, too."""
+        try:
+            self._ranks.tell(encode(steps))
+            yield
+            self._ranks.settle()
+        except BaseException as error:
+            # The others are in the middle of something that will not be finished.
+            self._ranks.abort(f"a step of the tensor-parallel target was given up: {error!r}")
+            raise
 
 
 def follow(decoder: Decoder, ranks: RankGroup) -> None:
@@ -102,5 +130,8 @@ def follow(decoder: Decoder, ranks: RankGroup) -> None:
                     cache.move(source, target)
                 case MakeCache(num_blocks):
                     cache = decoder.make_cache(num_blocks)
+                case Measure(rows):
+                    decoder.memory(rows)
                 case Stop():
+                    ranks.leave("rank 0 has stopped the tensor-parallel target")
                     return

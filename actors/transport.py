@@ -24,10 +24,14 @@ class Overflowed:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """What arrived, and how many bytes it took on the wire (0 for events of the transport itself)."""
+    """What arrived, and how many bytes it took on the wire (0 for events of the transport itself).
+
+    arrived_at: on the target's clock; None: when it is taken.
+    """
 
     event: DrafterMessage | Disconnected | Overflowed
     num_bytes: int
+    arrived_at: float | None = None
 
 
 class DraftChannel(Protocol):

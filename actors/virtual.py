@@ -8,7 +8,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from outrider.actors import wire
 from outrider.actors.draft_worker import DraftWorker
@@ -137,7 +137,7 @@ class VirtualLink:
         )  # fmt: skip
         self._up = _Wire(
             clock, self._delay, up, wire.encode_drafter, wire.decode_drafter,
-            lambda message, size: self._arrive(peer, Received(message, size)),
+            lambda message, size: self._arrive(peer, Received(message, size, clock.now)),
         )  # fmt: skip
         clock.after(self._delay, lambda: self._worker.join(peer, self._hello))
         clock.after(2 * self._delay, lambda: self._arrive(peer, Received(self._welcome, 0)))
@@ -243,10 +243,17 @@ class VirtualWorker:
             self.wake()
 
 
+class Inbox(Protocol):
+    """A channel that says whether something waits to be received."""
+
+    @property
+    def has_arrivals(self) -> bool: ...
+
+
 class VirtualArrivals:
     """``Arrivals`` of virtual links: waiting lets the world go on."""
 
-    def __init__(self, clock: VirtualClock, links: Sequence[VirtualLink]) -> None:
+    def __init__(self, clock: VirtualClock, links: Sequence[Inbox]) -> None:
         self._clock, self._links = clock, links
 
     def wait(self, seconds: float) -> None:

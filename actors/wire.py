@@ -27,7 +27,7 @@ from outrider.speculation.replication.messages import (
     TargetMessage,
     Welcome,
 )
-from outrider.speculation.sampling_params import SamplingParams
+from outrider.speculation.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams
 
 MAX_TOKENS = 1 << 20
 """Most token ids of an ``Open`` or a ``Commit``."""
@@ -203,12 +203,15 @@ def _encode_params(params: SamplingParams) -> pb.SamplingParams:
         ignore_eos=params.ignore_eos,
         logit_bias=params.logit_bias,
         allowed_token_ids=None if allowed is None else checks.pack(allowed),
+        bad_words=[checks.pack(word) for word in params.bad_words_token_ids],
     )
 
 
 def _decode_params(params: pb.SamplingParams) -> SamplingParams:
     biases = params.logit_bias
     checks.check_count("logit_bias", len(biases), MAX_LISTED_IDS)
+    checks.check_count("bad_words", len(params.bad_words), MAX_BAD_WORDS)
+    words = [checks.token_ids("bad_words", word, MAX_BAD_WORD_TOKENS).tolist() for word in params.bad_words]
     allowed = None
     if params.HasField("allowed_token_ids"):
         allowed = checks.token_ids("allowed_token_ids", params.allowed_token_ids, MAX_LISTED_IDS).tolist()
@@ -228,6 +231,7 @@ def _decode_params(params: pb.SamplingParams) -> SamplingParams:
             ignore_eos=params.ignore_eos,
             logit_bias=dict(biases) if biases else None,
             allowed_token_ids=allowed,
+            bad_words_token_ids=words,
         )
     except InvalidRequestError as error:
         raise WireError(str(error)) from error

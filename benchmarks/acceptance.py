@@ -1,6 +1,6 @@
 """How often the target's own token is among the draft's first k choices, on held-out code.
 
-    python benchmarks/acceptance.py [--prompts 32] [--tokens 128] [--seed 0]
+    python benchmarks/acceptance.py [--quantization int8] [--prompts 32] [--tokens 128] [--seed 0]
 
 Two kinds of positions. *Continuations*: what speculation meets, the target's own continuations
 of held-out prompts. *Text*: held-out files themselves, where both models see the true text.
@@ -15,32 +15,16 @@ import torch
 from common import conditions, finish
 
 from outrider import LLM, SamplingParams
-from outrider.actors.model_runner import ModelRunner
-from outrider.models.batch import text_rows
-from outrider.models.block_pool import blocks_for
+from outrider.cluster.bench.prediction import logits_of
 from outrider.models.demo import corpus, pair
-from outrider.models.kv_cache import KVSequence
 from outrider.models.loader import LoadedModel, load_model
-from outrider.models.numerics import MAX_ROWS, Numerics
+from outrider.models.numerics import Numerics
 from outrider.speculation.sampling import LogitProcessor, TokenChooser, perturb
 from outrider.speculation.tree import DraftTree
 
 WINDOW = 512
 RANKS = (1, 2, 4, 8)
 TEMPERATURES = (0.0, 0.7, 1.0)
-
-
-def logits_of(model: LoadedModel, ids: np.ndarray) -> torch.Tensor:
-    """Logits ``[len(ids), vocab]`` of a window."""
-    runner = ModelRunner(model.decoder, num_blocks=blocks_for(len(ids)))
-    sequence = KVSequence(runner.cache)
-    sequence.reserve(len(ids))
-    parts = []
-    for start in range(0, len(ids), MAX_ROWS):
-        rows = text_rows(sequence, ids[start : start + MAX_ROWS], first_logit_row=0)
-        parts.append(runner.forward([rows]))
-        sequence.length += len(rows.tokens)
-    return torch.cat(parts)
 
 
 def continuations(
@@ -109,14 +93,15 @@ def main() -> None:
     )
     parser.add_argument("--target", default=str(pair.TARGET))
     parser.add_argument("--draft", default=str(pair.DRAFT))
+    parser.add_argument("--quantization", help="of the draft's weights")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     target, draft = (
-        load_model(name, dtype="auto", numerics=Numerics.FAST, max_model_len=None)
-        for name in (args.target, args.draft)
+        load_model(name, dtype="auto", numerics=Numerics.FAST, max_model_len=None, quantization=quantization)
+        for name, quantization in ((args.target, None), (args.draft, args.quantization))
     )
     llm = LLM(args.target, numerics="fast")
     prompts = corpus.held_out_prompts(args.prompts)
@@ -132,7 +117,8 @@ def main() -> None:
                 f"T={temperature} {kind}: among the first {firsts}; alone first {found['uncoupled']['1']:.3f}"
             )
     positions = args.prompts * args.tokens
-    finish({"acceptance": result, "positions": positions, **conditions(dtype=str(target.decoder.dtype))})
+    used = conditions(dtype=str(target.decoder.dtype), quantization=args.quantization)
+    finish({"acceptance": result, "positions": positions, **used})
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ that rotates; ratios are per prompt. Times include the prompt.
 import argparse
 
 import torch
-from common import conditions, finish, median_ratio, seconds_of
+from common import conditions, finish
 from transformers import AutoModelForCausalLM
 
 from outrider import LLM, SamplingParams
+from outrider.cluster.bench.machine import seconds_of
+from outrider.cluster.bench.report import median_ratio
 from outrider.models.demo import corpus, pair
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import conditions, finish, inflated, median_ratio
+from common import conditions, finish
 
 from outrider import LLM, Cluster, SamplingParams
+from outrider.cluster.bench.report import median_ratio
 from outrider.cluster.cluster_config import parse_config
 from outrider.cluster.generation import TextGenerator
 from outrider.models.demo import corpus, pair
-from outrider.models.inflate import parse_count
+from outrider.models.inflate import inflated, parse_count
 
 PIPELINES = (None, "serial", "parallel")
 """Ways of decoding; None is plainly."""

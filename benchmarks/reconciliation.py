@@ -14,12 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import conditions, finish, inflated
+from common import conditions, finish
 
 from outrider import LLM, SamplingParams
 from outrider.actors.draft_pool import DraftPool
 from outrider.models.demo import corpus, pair
-from outrider.models.inflate import parse_count
+from outrider.models.inflate import inflated, parse_count
 
 
 def main() -> None:

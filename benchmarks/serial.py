@@ -12,9 +12,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import conditions, finish, median_ratio, seconds_of
+from common import conditions, finish
 
 from outrider import LLM, SamplingParams
+from outrider.cluster.bench.machine import seconds_of
+from outrider.cluster.bench.report import median_ratio
 from outrider.models.demo import corpus, pair
 from outrider.models.inflate import inflate, parse_count
 from outrider.speculation.statistics import SpeculationStatistics

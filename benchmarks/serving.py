@@ -17,13 +17,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import conditions, finish, inflated, median_ratio, seconds_of
+from common import conditions, finish
 from transformers import AutoModelForCausalLM
 
 from outrider import LLM, SamplingParams
 from outrider.actors.model_runner import ModelRunner
+from outrider.cluster.bench.machine import seconds_of
+from outrider.cluster.bench.report import median_ratio
 from outrider.models.demo import corpus, pair
-from outrider.models.inflate import parse_count
+from outrider.models.inflate import inflated, parse_count
 
 PARTS = ("throughput", "coordination", "speculation", "prefix")
 CONTEXT = 1024

@@ -24,7 +24,7 @@ from outrider.models.demo import pair
 from outrider.speculation.errors import OutriderError
 from outrider.speculation.request import Request
 
-CONTEXT = 384
+CONTEXT = 256
 MAX_NUM_SEQS = 16
 ARRIVING = 1.2
 """Requests that arrive in a step, on average, as long as few enough wait."""
@@ -44,7 +44,7 @@ def main() -> None:
         speculative_config={"method": "ngram"},
         max_model_len=CONTEXT,
         max_num_seqs=MAX_NUM_SEQS,
-        kv_cache_memory="6MiB",
+        kv_cache_memory="4MiB",
     )
     runner = llm.engine.target.runner
     assert isinstance(runner, ModelRunner)
@@ -76,11 +76,11 @@ def some_request(number: int, vocab: int) -> Request:
     rng = np.random.default_rng(number)
     # Few beginnings, so that texts are found again; repetitive, so that n-grams hit.
     beginning = np.random.default_rng(rng.integers(0, 50)).integers(1, vocab, 24)
-    prompt = np.tile(beginning, 10)[: int(rng.integers(1, 200))]
+    prompt = np.tile(beginning, 6)[: int(rng.integers(1, 128))]
     params = SamplingParams(
         temperature=float(rng.choice([0.0, 0.0, 0.7, 1.0])),
         seed=number,
-        max_tokens=int(rng.integers(1, 64)),
+        max_tokens=int(rng.integers(1, 48)),
         top_p=float(rng.choice([1.0, 0.9])),
         min_p=float(rng.choice([0.0, 0.05])),
         repetition_penalty=float(rng.choice([1.0, 1.2])),

@@ -14,6 +14,7 @@ from outrider.models.demo import pair
 from outrider.speculation.errors import InvalidConfigError
 
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float32", "float64"]
+Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 MAX_REPLICAS = 1024
 _NAME = r"^[a-z][a-z0-9-]{0,30}$"
 _IN_WORDS = {
@@ -34,15 +35,40 @@ class Resources(_Section):
     """What one process takes, in Ray's terms, and on which nodes it may run.
 
     num_gpus may be a fraction. labels: that the node must have. threads: of PyTorch; by default
-    as many as CPUs.
+    as many as CPUs. device: of the model; auto is CUDA where the process has a GPU.
+    tensor_parallel_size: processes that share a model, each of which takes all this, or, of a draft
+    worker, all of which do.
     """
 
+    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
     num_cpus: float = Field(default=1, ge=0, le=4096)
     num_gpus: float = Field(default=0, ge=0, le=64)
     resources: dict[str, float] = Field(default_factory=dict)
     labels: dict[str, str] = Field(default_factory=dict)
     accelerator_type: str | None = None
     threads: int | None = Field(default=None, ge=1, le=4096)
+    device: Device = "auto"
+
+    @model_validator(mode="after")
+    def _has_its_device(self) -> "Resources":
+        if self.device == "cuda" and not self.num_gpus:
+            raise ValueError("device 'cuda' needs num_gpus above 0")
+        if self.own_device != "cpu" and self.tensor_parallel_size > 1 and self.num_gpus < self._gpus_of_ranks:
+            raise ValueError(
+                f"tensor_parallel_size {self.tensor_parallel_size} needs num_gpus {self._gpus_of_ranks} "
+                f"at least, for each rank takes a whole one, not {self.num_gpus:g}"
+            )
+        return self
+
+    @property
+    def _gpus_of_ranks(self) -> int:
+        """What one process must have where ranks compute on GPUs."""
+        return 1
+
+    @property
+    def own_device(self) -> Device:
+        """What the process is told: one without a GPU leaves those of its node alone."""
+        return self.device if self.num_gpus else "cpu"
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -67,17 +93,27 @@ class TargetConfig(Resources):
     """
 
     model: str = str(pair.TARGET)
-    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
     replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS)
     dtype: Dtype = "auto"
-    numerics: Literal["canonical", "fast"] = "canonical"
+    numerics: Literal["canonical", "fast"] | None = None
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_seqs: int = Field(default=8, ge=1, le=64)
-    max_num_batched_tokens: int = Field(default=64, ge=1, le=64)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1, le=2048)
     kv_cache_memory: int | str | None = None
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     enable_prefix_caching: bool = True
     target_profile: str | None = None
+    quantization: None = None
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> "TargetConfig":
+        probed = self.own_device == "cpu" or self.numerics == "canonical"
+        if probed and self.max_num_batched_tokens is not None and self.max_num_batched_tokens > 64:
+            raise ValueError(
+                f"max_num_batched_tokens above 64 needs a GPU and numerics 'fast', "
+                f"not {self.max_num_batched_tokens}"
+            )
+        return self
 
     @property
     def engine_settings(self) -> dict[str, Any]:
@@ -86,7 +122,13 @@ class TargetConfig(Resources):
             "dtype", "numerics", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
             "kv_cache_memory", "gpu_memory_utilization", "enable_prefix_caching", "target_profile",
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        return {"device": self.own_device, **{name: getattr(self, name) for name in names}}
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _its_own_numbers(cls, value: object) -> None:
+        if value is not None:
+            raise ValueError(f"must be a draft pool's, not {value!r}: the target's numbers must be its own")
 
     @field_validator("kv_cache_memory")
     @classmethod
@@ -101,24 +143,44 @@ class DraftPoolConfig(Resources):
     """``replicas`` draft workers with a model, or a ``method`` that drafts beside the target.
 
     name: of the pool; its workers are NAME-0, NAME-1, ... model: as the target's.
-    method: ``draft_model``, the default, or ``ngram``, which takes no process. tensor_parallel_size:
-        processes that share a worker's model and its CPUs.
+    max_replicas: as many as there are when requests ask for it, ``replicas`` at least.
+    method: ``draft_model``, the default, or ``ngram``, which takes no process. quantization: of the
+        weights.
     """
 
     name: str = Field(default="draft", pattern=_NAME)
     method: Literal["draft_model", "ngram"] = "draft_model"
     model: str | None = None
     replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS)
+    max_replicas: int | None = Field(default=None, ge=1, le=MAX_REPLICAS)
     dtype: Dtype = "auto"
     max_model_len: int | None = Field(default=None, ge=1)
     max_sessions: int = Field(default=16, ge=1, le=4096)
-    tensor_parallel_size: int = Field(default=1, ge=1, le=64)
+    quantization: Literal["int8"] | None = None
 
     @model_validator(mode="after")
     def _fits_method(self) -> "DraftPoolConfig":
         if self.method == "ngram" and self.model is not None:
             raise ValueError(f"method 'ngram' takes no model, not {self.model!r}")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas must be at least replicas, {self.replicas}, not {self.max_replicas}"
+            )
+        if self.method == "ngram" and self.quantization is not None:
+            raise ValueError(f"method 'ngram' has no weights, so quantization {self.quantization!r} must go")
+        if self.own_device == "cuda" and self.quantization is not None:
+            raise ValueError(f"quantization {self.quantization!r} is for CPUs, not for device 'cuda'")
         return self
+
+    @property
+    def _gpus_of_ranks(self) -> int:
+        """See ``Resources``; all ranks share what a worker takes."""
+        return self.tensor_parallel_size
+
+    @property
+    def most_replicas(self) -> int:
+        """Workers that there may be."""
+        return self.max_replicas or self.replicas
 
 
 class LimitsConfig(_Section):
@@ -164,7 +226,7 @@ class ClusterConfig(_Section):
     address: ``local`` starts Ray on this machine alone, ``auto`` finds the Ray cluster that this
         machine belongs to, host:port is another's.
     draft: pools of draft workers; empty decodes plainly.
-    speculation: ``speculative_config`` without model, method and workers.
+    speculation: ``speculative_config`` without model and method, and of its workers ``per_request`` only.
     """
 
     name: str = Field(default="outrider", pattern=_NAME)
@@ -194,9 +256,12 @@ class ClusterConfig(_Section):
         for pool in self.draft:
             if pool.method == "draft_model" and pool.model is None and self.target.model != str(pair.TARGET):
                 raise ValueError(f"draft pool {pool.name!r} needs a model that fits the target's")
-        for key in ("method", "model", "workers", "max_model_len"):
+        for key in ("method", "model", "max_model_len", "quantization"):
             if key in self.speculation:
                 raise ValueError(f"speculation: {key} belongs to a draft pool")
+        workers = self.speculation.get("workers", {})
+        if not isinstance(workers, Mapping) or not workers.keys() <= {"per_request"}:
+            raise ValueError("speculation: workers may say per_request; all else belongs to draft pools")
         if self.speculation and not self.draft:
             raise ValueError("speculation is set, but no draft pool drafts")
         try:
@@ -204,6 +269,11 @@ class ClusterConfig(_Section):
         except InvalidConfigError as error:
             raise ValueError(str(error).replace("speculative_config", "speculation")) from None
         return self
+
+    @property
+    def served_name(self) -> str:
+        """What clients of a server call the target where nothing else is said."""
+        return "outrider-demo" if self.target.model == str(pair.TARGET) else self.target.model
 
     @property
     def worker_pools(self) -> list[DraftPoolConfig]:
@@ -221,7 +291,8 @@ class ClusterConfig(_Section):
         given: dict[str, Any] = {**self.speculation, "method": self.draft[0].method}
         if self.worker_pools:
             tls = {name: getattr(self.security, name) for name in ("tls_ca", "tls_certificate", "tls_key")}
-            given["workers"] = {"addresses": list(addresses), "required": False, **tls}
+            own = self.speculation.get("workers", {})
+            given["workers"] = {**own, "addresses": list(addresses), "required": False, **tls}
         SpeculativeConfig.parse(given)
         return given
 

@@ -5,13 +5,14 @@ Plain asyncio; what starts processes is passed in. All of it runs in one event l
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Protocol
 
 from outrider.cluster.cluster_config import ClusterConfig
 from outrider.cluster.directory import Directory, DraftWorkerEntry, Place
+from outrider.cluster.draft_scaling import DraftScaling
 from outrider.cluster.placement import Need, needs_of
 from outrider.cluster.supervisor import Action, Discard, MemberState, Phase, Role, Supervisor
 from outrider.speculation.errors import OutriderError, WorkerError
@@ -43,6 +44,10 @@ class Reports(Protocol):
         """The draft worker listens."""
         ...
 
+    def sessions(self, count: int) -> None:
+        """The draft worker drafts for so many requests."""
+        ...
+
     def serving(self, target: Target) -> None:
         """The target serves."""
         ...
@@ -72,11 +77,16 @@ class Controller:
 
     def __init__(self, config: ClusterConfig, launcher: Launcher, clock: Callable[[], float]) -> None:
         self._config, self._launcher, self._clock = config, launcher, clock
-        self._needs = {need.name: need for need in needs_of(config)}
-        pools = {pool.name for pool in config.worker_pools}
+        self._needs = {need.name: need for need in needs_of(config, at_most=True)}
+        self._scaling = {
+            pool.name: DraftScaling(pool.replicas, pool.most_replicas, pool.max_sessions)
+            for pool in config.worker_pools
+        }
         self._supervisor = Supervisor(
-            (name, Role.DRAFT if name.rpartition("-")[0] in pools else Role.TARGET) for name in self._needs
+            (name, Role.DRAFT if _pool_of(name) in self._scaling else Role.TARGET) for name in self._needs
         )
+        for name in set(self._needs) - {need.name for need in needs_of(config)}:
+            self._supervisor.rest(name)
         self._directory = Directory()
         self._targets: dict[str, Target] = {}
         self._places: dict[str, list[Place]] = {}
@@ -87,8 +97,10 @@ class Controller:
     async def run(self) -> None:
         """Starts what is due until ``stop``; waits for events, never in vain."""
         while not self._stopping:
-            self._perform(self._supervisor.poll(self._clock()))
-            due = self._supervisor.next_due
+            now = self._clock()
+            self._scale(now)
+            self._perform(self._supervisor.poll(now))
+            due = min((each for each in self._dues if each is not None), default=None)
             self._wake.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), None if due is None else due - self._clock())
@@ -123,6 +135,16 @@ class Controller:
         """Handles of the targets that serve, by name."""
         return {name: target.handle for name, target in self._targets.items()}
 
+    async def targets_beside(self, known: Mapping[str, int]) -> dict[str, tuple[int, Any]]:
+        """Epochs and handles of the targets that serve, by name, once these are not the ``known`` epochs."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._serving_epochs() != dict(known))
+        epochs = self._serving_epochs()
+        return {name: (epochs[name], target.handle) for name, target in self._targets.items()}
+
+    def _serving_epochs(self) -> dict[str, int]:
+        return {name: self._supervisor.members[name].epoch for name in self._targets}
+
     def status(self) -> list[dict[str, Any]]:
         """A row per member: name, role, phase, epoch, starts, note, places, address and model."""
         rows = []
@@ -144,7 +166,8 @@ class Controller:
 
     @property
     def _unready(self) -> list[MemberState]:
-        return [each for each in self._supervisor.members.values() if each.phase is not Phase.READY]
+        settled = (Phase.READY, Phase.RESTING)
+        return [each for each in self._supervisor.members.values() if each.phase not in settled]
 
     @property
     def _hopeless(self) -> list[str]:
@@ -156,6 +179,40 @@ class Controller:
             if each.phase is Phase.FAILED or (each.phase is Phase.PLACING and each.no_room)
         ]
         return [f"{each.name}: {each.note}" for each in stuck]
+
+    @property
+    def _dues(self) -> list[float | None]:
+        return [self._supervisor.next_due, *(scaling.next_due for scaling in self._scaling.values())]
+
+    def _scale(self, now: float) -> None:
+        """Wakes draft workers that are wanted, and lets those rest that are not, the least busy first."""
+        for pool, scaling in self._scaling.items():
+            scaling.poll(now)
+            members = [name for name in self._needs if _pool_of(name) == pool]
+            resting = [name for name in members if self._supervisor.members[name].phase is Phase.RESTING]
+            for name in resting[: max(0, scaling.wanted - (len(members) - len(resting)))]:
+                log.info("%s: wanted, %d requests are drafted for", name, sum(scaling.sessions.values()))
+                self._supervisor.wake(name, now)
+            working = [name for name in members if name not in resting]
+            working.sort(key=lambda name: (-scaling.sessions.get(name, 0), members.index(name)))
+            for name in working[scaling.wanted :]:
+                log.info("%s: not wanted any more", name)
+                self._dismiss(name)
+
+    def _dismiss(self, name: str) -> None:
+        epoch = self._supervisor.members[name].epoch
+        actions = self._supervisor.rest(name)
+        self._forget(name, epoch)
+        self._perform(actions)
+
+    def _forget(self, name: str, epoch: int) -> None:
+        """A member is gone, or as good as gone."""
+        self._targets.pop(name, None)
+        self._places.pop(name, None)
+        if (scaling := self._scaling.get(_pool_of(name))) is not None:
+            scaling.forget(name)
+        if self._directory.remove(name, epoch):
+            self._publish()
 
     def _perform(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -196,6 +253,13 @@ class Controller:
             self._publish()
         self._note_change()
 
+    def sessions(self, name: str, epoch: int, count: int) -> None:
+        """See ``Reports``."""
+        member = self._supervisor.members[name]
+        if member.epoch == epoch and member.phase is Phase.READY:
+            self._scaling[_pool_of(name)].observe(name, count, self._clock())
+            self._wake.set()
+
     def serving(self, name: str, epoch: int, target: Target) -> None:
         """See ``Reports``."""
         if self._supervisor.started(name, epoch, self._clock()):
@@ -210,10 +274,7 @@ class Controller:
         log.warning("%s epoch %d: %s", name, epoch, reason)
         actions = self._supervisor.ended(name, epoch, self._clock(), reason, lasting=lasting)
         if actions:
-            self._targets.pop(name, None)
-            self._places.pop(name, None)
-            if self._directory.remove(name, epoch):
-                self._publish()
+            self._forget(name, epoch)
             self._perform(actions)
         self._note_change()
 
@@ -245,11 +306,18 @@ class _Reports:
     def drafting(self, address: str, model: str) -> None:
         self._controller.drafting(self._name, self._epoch, address, model)
 
+    def sessions(self, count: int) -> None:
+        self._controller.sessions(self._name, self._epoch, count)
+
     def serving(self, target: Target) -> None:
         self._controller.serving(self._name, self._epoch, target)
 
     def ended(self, reason: str, *, lasting: bool = False) -> None:
         self._controller.ended(self._name, self._epoch, reason, lasting=lasting)
+
+
+def _pool_of(name: str) -> str:
+    return name.rpartition("-")[0]
 
 
 def is_lasting(error: BaseException) -> bool:

@@ -26,6 +26,10 @@ class ControllerHost:
         """See ``Controller``."""
         return self._started().targets()
 
+    async def targets_beside(self, known: dict[str, int]) -> dict[str, tuple[int, Any]]:
+        """See ``Controller``."""
+        return await self._started().targets_beside(known)
+
     async def status(self) -> list[dict[str, Any]]:
         """See ``Controller``."""
         return self._started().status()

@@ -4,12 +4,14 @@ import os
 import time
 from contextlib import ExitStack
 
-from outrider.actors.draft_engine import ModelDraftEngine, session_blocks
+from outrider.actors.draft_engine import ModelDraftEngine
 from outrider.actors.draft_process import DraftProcess
 from outrider.actors.draft_worker import DraftWorker
 from outrider.actors.model_runner import ModelRunner
 from outrider.actors.security import Security
+from outrider.cluster.device_memory import draft_blocks
 from outrider.cluster.loading import check_ranks, open_network
+from outrider.models.device import choose_device
 from outrider.models.numerics import Numerics
 from outrider.speculation.errors import InvalidConfigError
 from outrider.speculation.replication.messages import PROTOCOL_VERSION, Welcome
@@ -20,10 +22,12 @@ DEFAULT_MAX_SESSIONS = 16
 def make_draft_process(
     model: str,
     *,
+    device: str = "auto",
     dtype: str,
     max_model_len: int | None,
     max_sessions: int,
     tensor_parallel_size: int = 1,
+    quantization: str | None = None,
     host: str,
     port: int,
     name: str | None,
@@ -32,6 +36,7 @@ def make_draft_process(
     """Loads the draft model and listens for targets.
 
     tensor_parallel_size: processes that share the model, this one the first of them.
+    quantization: of its weights, see ``load_model``.
     name: what accepted tokens are attributed to; ``draft-PID`` by default.
 
     Raises:
@@ -46,11 +51,13 @@ def make_draft_process(
         opened,
         model,
         tensor_parallel_size,
+        device=choose_device(device),
         dtype=dtype,
         numerics=Numerics.FAST,
         max_model_len=max_model_len,
+        quantization=quantization,
     )
-    runner = ModelRunner(network, num_blocks=max_sessions * session_blocks(network.max_model_len))
+    runner = ModelRunner(network, num_blocks=draft_blocks(network, max_sessions))
     engine = ModelDraftEngine(runner, vocab_size=loaded.vocab_size)
     welcome = Welcome(
         protocol_version=PROTOCOL_VERSION,

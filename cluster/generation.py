@@ -1,7 +1,9 @@
 """What everything that generates text offers, whether in this process or on a cluster."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import TracebackType
@@ -9,13 +11,16 @@ from typing import Self, TypeAlias, cast
 
 import numpy as np
 
-from outrider.speculation.errors import InvalidRequestError
+from outrider.cluster.model_card import ModelCard
+from outrider.speculation.errors import InvalidRequestError, OutriderError
 from outrider.speculation.request import Completion, Request, StepOutput
 from outrider.speculation.sampling_params import SamplingParams
 
 Prompt: TypeAlias = str | Sequence[int]
 """Text, or token ids."""
 OnStep: TypeAlias = Callable[[Request, StepOutput], None]
+Results: TypeAlias = Generator[tuple[Request, Completion | OutriderError]]
+"""What came of requests, as soon as known. Dropped in the middle, it drops what is in flight."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,7 +50,7 @@ class TextGenerator(ABC):
     ) -> tuple[str, list[Request]]:
         """The prompt's text and one request per choice, all with the same seed.
 
-        pipeline: ``serial`` or ``parallel``; what the generator was set up with by default.
+        pipeline: ``serial``, ``parallel`` or ``pearl``; what the generator was set up with by default.
 
         Raises:
             InvalidRequestError: the prompt is empty, too long or has unknown token ids, or there
@@ -61,16 +66,41 @@ class TextGenerator(ABC):
         """
 
     @abstractmethod
+    def describe(self) -> ModelCard:
+        """What requests for its target are prepared with."""
+
+    @abstractmethod
+    def complete_unordered(self, requests: Iterable[Request], on_step: OnStep | None = None) -> Results:
+        """Serves prepared requests, several at once; one that fails has an error and ends no other.
+
+        Requests are taken from the iterable as there is room for them. ``on_step`` sees every step of
+        each as it is made.
+        """
+
     def complete_all(
         self, requests: Iterable[Request], on_step: OnStep | None = None
     ) -> Iterator[Completion]:
-        """Serves prepared requests, several at once; in their order, as soon as known.
-
-        ``on_step`` sees every step of each as it is made.
+        """As ``complete_unordered``, in the order of the requests.
 
         Raises:
-            ModelError: the target gave no token for one of them.
+            OutriderError: one of them failed, and it is its turn.
         """
+        order: deque[Request] = deque()
+        known: dict[Request, Completion | OutriderError] = {}
+
+        def noted() -> Iterator[Request]:
+            for request in requests:
+                order.append(request)
+                yield request
+
+        with closing(self.complete_unordered(noted(), on_step)) as results:
+            for request, result in results:
+                known[request] = result
+                while order and order[0] in known:
+                    done = known.pop(order.popleft())
+                    if isinstance(done, OutriderError):
+                        raise done
+                    yield done
 
     @abstractmethod
     def failures(self) -> dict[str, str]:

@@ -6,10 +6,10 @@ Each is made light, so that it can be placed and asked where it is, and loads it
 
 import asyncio
 import os
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outrider.actors.security import Security
 from outrider.cluster.cluster_config import ClusterConfig, DraftPoolConfig
@@ -17,9 +17,13 @@ from outrider.cluster.component_logs import log_as
 from outrider.cluster.directory import Place
 from outrider.cluster.generation import Prompt
 from outrider.cluster.interfaces import address_of
+from outrider.cluster.model_card import ModelCard
 from outrider.speculation.errors import InvalidRequestError
 from outrider.speculation.request import Request, StepEvent
 from outrider.speculation.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from outrider.cluster.llm import LLM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,16 +81,32 @@ class DraftHost(Host):
         self._process = await asyncio.to_thread(
             make_draft_process,
             pool.model or str(pair.DRAFT),
+            device=pool.own_device,
             dtype=pool.dtype,
             max_model_len=pool.max_model_len,
             max_sessions=pool.max_sessions,
             tensor_parallel_size=pool.tensor_parallel_size,
+            quantization=pool.quantization,
             host=host,
             port=0,
             name=settings.name,
             security=settings.security,
         )
+        self._sessions, self._changed = 0, asyncio.Condition()
+        loop = asyncio.get_running_loop()
+        self._process.on_sessions = lambda count: _run_soon(self._note(count), loop)
         return self._process.address, self._process.model
+
+    async def sessions_beside(self, known: int) -> int:
+        """How many requests it drafts for, once these are others than ``known``."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._sessions != known)
+        return self._sessions
+
+    async def _note(self, sessions: int) -> None:
+        async with self._changed:
+            self._sessions = sessions
+            self._changed.notify_all()
 
     async def serve(self) -> dict[str, Any]:
         """Drafts until ``stop``; what it did."""
@@ -95,6 +115,11 @@ class DraftHost(Host):
     async def stop(self) -> None:
         """Makes ``serve`` return."""
         self._process.stop()
+
+
+def _run_soon(work: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop) -> None:
+    """From another thread."""
+    asyncio.run_coroutine_threadsafe(work, loop)
 
 
 class RankHost(Host):
@@ -111,10 +136,14 @@ class RankHost(Host):
 
         log_as(f"{settings.name}/{rank}")
         from outrider.actors.target_worker import follow
+        from outrider.cluster.loading import numerics_of
         from outrider.cluster.target_rank import RankSettings, join
+        from outrider.models.device import choose_device
         from outrider.models.parallel import LOOPBACK
 
         target = settings.config.target
+        # Ray shows a process its own devices only, so each rank's is the first that it sees.
+        device = choose_device(target.own_device)
         torch.set_num_threads(target.num_threads)
         rank_of_group = await asyncio.to_thread(
             join,
@@ -125,9 +154,10 @@ class RankHost(Host):
                 port=port,
                 model=target.model,
                 dtype=target.dtype,
-                numerics=target.numerics,
+                numerics=str(numerics_of(target.numerics, device)),
                 max_model_len=target.max_model_len,
                 threads=target.num_threads,
+                device=str(device),
             ),
         )
 
@@ -157,20 +187,21 @@ class TargetHost(Host):
             InvalidConfigError: a setting is not possible on this node.
         """
         log_as(settings.name)
+        from outrider.cluster.engine_service import EngineService
+
         self._limits = settings.config.limits
-        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._loop = asyncio.get_running_loop()
-        await asyncio.to_thread(self._load, settings)
+        self._llm = await asyncio.to_thread(self._load, settings)
+        self._service = EngineService(self._llm)
 
     async def serve(self) -> None:
         """Returns never, but raises what ended the engine."""
-        await self._ended
+        await self._service.ended
 
     async def draft_with(self, addresses: Sequence[str]) -> None:
         """From now on these workers draft."""
         drafters = self._llm.workers
         if drafters is not None:
-            self._engine.order(lambda: drafters.replace(addresses))
+            await self._service.between_steps(lambda: drafters.replace(addresses))
 
     async def prepare(
         self, prompt: Prompt, params: SamplingParams, speculative: bool, pipeline: str | None
@@ -182,54 +213,31 @@ class TargetHost(Host):
                 raise InvalidRequestError(f"{name} must be at most {limit} on this cluster, not {value}")
         return self._llm.prepare(prompt, params, speculative=speculative, pipeline=pipeline)
 
-    async def generate(self, requests: Sequence[Request], interval: float) -> AsyncIterator[list[StepEvent]]:
-        """Serves requests; what the engine's steps brought them, until all are finished.
+    async def describe(self) -> ModelCard:
+        """What requests for this target are prepared with."""
+        return await asyncio.to_thread(ModelCard.of, self._llm)
 
-        interval: seconds between two lots, unless one finishes a request; with 0 each step is one.
-        """
-        lots = _Lots(self._loop, interval)
-        left = len(requests)
-        call = self._engine.submit(requests, lots.bring)
-        try:
-            while left:
-                events = await lots.take()
-                left -= sum(_is_last(each) for each in events)
+    async def generate(self, requests: Sequence[Request], interval: float) -> AsyncGenerator[list[StepEvent]]:
+        """See ``EngineService.stream``."""
+        async with aclosing(self._service.stream(requests, interval)) as lots:
+            async for events in lots:
                 yield events
-        finally:
-            if left:
-                self._engine.cancel(call)
+
+    async def idle(self) -> None:
+        """See ``EngineService``."""
+        await self._service.idle()
 
     async def status(self) -> dict[str, Any]:
         """Figures for people."""
-        figures: asyncio.Future[dict[str, Any]] = self._loop.create_future()
+        figures = asdict(await self._service.figures())
+        return {"model": self._llm.model.folder.name, "max_num_seqs": self._llm.max_num_seqs, **figures}
 
-        def look() -> None:
-            self._loop.call_soon_threadsafe(figures.set_result, self._figures())
-
-        self._engine.order(look)
-        return await figures
-
-    def _figures(self) -> dict[str, Any]:
-        """On the engine's thread: it alone may look at the draft workers."""
-        batch, workers = self._batch, self._llm.workers
-        failures = self._llm.failures()
-        return {
-            "model": self._llm.model.folder.name,
-            "max_num_seqs": self._llm.max_num_seqs,
-            "running": batch.num_running,
-            "waiting": batch.num_waiting,
-            "steps": self._llm.engine.steps,
-            "drafters": 0 if workers is None else workers.pool.num_connected,
-            "failures": failures,
-        }
-
-    def _load(self, settings: TargetSettings) -> None:
+    def _load(self, settings: TargetSettings) -> "LLM":
         import torch
 
-        from outrider.actors.engine_loop import EngineLoop
-        from outrider.actors.running_batch import RunningBatch
         from outrider.cluster.cluster_security import TOKEN_VARIABLE
         from outrider.cluster.llm import LLM
+        from outrider.models.device import choose_device
         from outrider.models.parallel import RankGroup
 
         target = settings.config.target
@@ -237,52 +245,11 @@ class TargetHost(Host):
         if settings.security.token is not None:
             os.environ[TOKEN_VARIABLE] = settings.security.token
         size = target.tensor_parallel_size
-        self._llm = LLM(
+        return LLM(
             target.model,
-            ranks=None if size == 1 else RankGroup(self._store, 0, size),
+            ranks=None
+            if size == 1
+            else RankGroup(self._store, 0, size, device=choose_device(target.own_device)),
             speculative_config=settings.config.speculative_config(settings.addresses),
             **target.engine_settings,
         )
-        self._batch = RunningBatch(self._llm.engine, self._llm.max_num_seqs)
-        self._engine = EngineLoop(self._batch, self._fail)
-
-    def _fail(self, error: BaseException) -> None:
-        def end() -> None:
-            if not self._ended.done():
-                self._ended.set_exception(error)
-
-        self._loop.call_soon_threadsafe(end)
-
-
-class _Lots:
-    """Events on their way from the engine's thread to a caller.
-
-    Every lot costs the engine time, for Python's threads take turns: about a tenth of a 30 ms step.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, interval: float) -> None:
-        self._loop, self._interval = loop, interval
-        self._arrived: asyncio.Queue[list[StepEvent]] = asyncio.Queue()
-        self._gathered: list[StepEvent] = []
-        self._due = 0.0
-
-    def bring(self, events: list[StepEvent]) -> None:
-        """On the engine's thread: what one step brought."""
-        self._gathered += events
-        now = time.monotonic()
-        if now >= self._due or any(map(_is_last, events)):
-            self._due = now + self._interval
-            lot, self._gathered = self._gathered, []
-            self._loop.call_soon_threadsafe(self._arrived.put_nowait, lot)
-
-    async def take(self) -> list[StepEvent]:
-        """Everything that has arrived, at least one lot."""
-        events = await self._arrived.get()
-        # A step may have ended while the last one's events were on their way.
-        while not self._arrived.empty():
-            events += self._arrived.get_nowait()
-        return events
-
-
-def _is_last(event: StepEvent) -> bool:
-    return event.completion is not None or event.error is not None

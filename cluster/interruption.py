@@ -32,3 +32,15 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if came:
             handler(*came[0])
+
+
+def wait_for_signal() -> None:
+    """Until SIGINT or SIGTERM, which then is an end in order."""
+    told = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda *_: told.set()) for number in numbers]
+    try:
+        told.wait()
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)

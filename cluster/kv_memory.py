@@ -12,7 +12,7 @@ from outrider.models.block_pool import BLOCK, blocks_for
 from outrider.speculation.errors import InvalidConfigError
 
 if TYPE_CHECKING:
-    from outrider.models.decoder import Decoder
+    from outrider.actors.target_worker import Network
 
 DEFAULT_UTILIZATION = 0.5
 """Of the machine's memory, for weights and KV together; what else runs there is not ours to know."""
@@ -20,20 +20,21 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def kv_blocks(
-    decoder: "Decoder",
+    network: "Network",
     *,
     max_num_seqs: int,
     max_nodes: int,
     kv_cache_memory: int | str | None,
     gpu_memory_utilization: float | None,
+    max_rows: int,
     processes: int = 1,
 ) -> int:
     """Blocks of the cache: as told, else what ``max_num_seqs`` full sequences with trees of
     ``max_nodes`` could use, if there is as much memory.
 
     kv_cache_memory: bytes, or a size such as ``4GiB``. gpu_memory_utilization: the share of the
-    device's memory (of the machine's, on CPU) that this process may take, together with others that
-    hold ``processes - 1`` equal parts.
+    device's memory that may be taken, by whomever, or on CPU of the machine's by this process together
+    with others that hold ``processes - 1`` equal parts. max_rows: of one forward.
 
     Raises:
         InvalidConfigError: a setting is not possible, or the longest sequence would not fit.
@@ -42,18 +43,24 @@ def kv_blocks(
         raise InvalidConfigError(
             f"gpu_memory_utilization must be above 0 and at most 1, not {gpu_memory_utilization!r}"
         )
-    size = decoder.block_bytes
+    size = network.block_bytes
     if kv_cache_memory is not None:
         blocks = parse_bytes(kv_cache_memory) // size
     else:
-        share = gpu_memory_utilization or DEFAULT_UTILIZATION
-        wanted = max_num_seqs * blocks_for(decoder.max_model_len + max_nodes + 1)
-        blocks = min(wanted, max(0, int(share * machine_bytes() / processes) - used_bytes()) // size)
-    if blocks < blocks_for(decoder.max_model_len):
-        needed = blocks_for(decoder.max_model_len) * size / 2**20
+        wanted = max_num_seqs * blocks_for(network.max_model_len + max_nodes + 1)
+        if network.device.type == "cpu":
+            share = gpu_memory_utilization or DEFAULT_UTILIZATION
+            room = int(share * machine_bytes() / processes) - used_bytes()
+        else:
+            from outrider.cluster.device_memory import room_for_cache
+
+            room = room_for_cache(network, gpu_memory_utilization, max_rows)
+        blocks = min(wanted, max(0, room) // size)
+    if blocks < blocks_for(network.max_model_len):
+        needed = blocks_for(network.max_model_len) * size / 2**20
         raise InvalidConfigError(
             f"the KV cache has room for {blocks * BLOCK} tokens, less than max_model_len "
-            f"{decoder.max_model_len}, which takes {needed:.0f} MiB; give it more with kv_cache_memory, "
+            f"{network.max_model_len}, which takes {needed:.0f} MiB; give it more with kv_cache_memory, "
             "or lower max_model_len"
         )
     return blocks

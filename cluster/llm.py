@@ -1,38 +1,52 @@
 """``LLM``: a target in this very process, its drafter there too or elsewhere, with vLLM's shape."""
 
 import weakref
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from outrider.actors.draft_engine import LocalModelDrafting, ModelDraftEngine, session_blocks
+from outrider.actors.draft_engine import LocalModelDrafting, ModelDraftEngine
 from outrider.actors.drafting import DraftEngine, NgramEngine
 from outrider.actors.model_runner import ModelRunner
 from outrider.actors.running_batch import RunningBatch, Ticket
 from outrider.actors.target_engine import TargetEngine, TargetModel
-from outrider.cluster.generation import OnStep, Prompt, TextGenerator
-from outrider.cluster.loading import check_sizes, load_target, open_network, step_costs
+from outrider.actors.tracing import Trace
+from outrider.cluster.device_memory import draft_blocks
+from outrider.cluster.generation import OnStep, Prompt, Results, TextGenerator
+from outrider.cluster.loading import (
+    check_sizes,
+    load_target,
+    numerics_of,
+    open_network,
+    rows_of,
+    step_costs,
+)
+from outrider.cluster.model_card import ModelCard
+from outrider.cluster.preparation import Preparation
 from outrider.cluster.remote_drafting import RemoteDrafters
 from outrider.cluster.speculative_config import SpeculativeConfig
 from outrider.models.demo import pair
+from outrider.models.device import choose_device
 from outrider.models.loader import context_length
-from outrider.models.numerics import MAX_ROWS, Numerics
+from outrider.models.numerics import Numerics
 from outrider.models.parallel import RankGroup
 from outrider.models.tokenizer import IncrementalDetokenizer, Tokenizer, check_same_vocabulary
-from outrider.speculation.errors import InvalidConfigError, InvalidRequestError, VocabularyMismatchError
+from outrider.speculation.errors import (
+    InvalidConfigError,
+    InvalidRequestError,
+    OutriderError,
+    VocabularyMismatchError,
+)
 from outrider.speculation.pipelines.costs import CostEstimates
 from outrider.speculation.pipelines.registry import PIPELINES
 from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.request import Completion, Request, StepOutput
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.tree import MAX_TREE_DEPTH
-from outrider.speculation.types import IntArray
 from outrider.speculation.verifiers.registry import make_verifier
 
 
@@ -42,22 +56,27 @@ class LLM(TextGenerator):
     model: folder or hub id of the target; None takes the embedded demo pair.
     speculative_config: see ``SpeculativeConfig``; None decodes plainly, but for the
         embedded pair, whose draft model then drafts. ``{}`` looks n-grams up.
-    dtype: ``auto`` (as saved; float32 for float16), ``bfloat16``, ``float32`` or ``float64``.
-    numerics: ``canonical``, the default, gives a row the same bits whatever runs beside
-        it; ``fast`` saves some time and may leave plain decoding at a near-tie.
+    device: of the target and of a draft model in this process: ``cpu``, ``cuda``, or ``auto``, which takes
+        CUDA where there is some.
+    dtype: ``auto`` (as saved; on CPU float32 for float16), ``bfloat16``, ``float32``, or on CPU ``float64``.
+    numerics: ``canonical``, the default on CPU, gives a row the same bits whatever runs beside
+        it; ``fast``, the default on CUDA, saves some time and may leave plain decoding at a near-tie.
     max_model_len: tokens of the longest sequence.
     max_num_seqs: requests served at once. max_num_batched_tokens: rows of one forward, of texts and
-        trees together; fewer make long prompts hold up the others for less.
+        trees together; fewer make long prompts hold up the others for less. By default and at most 64;
+        on CUDA with ``fast`` 512, and at most 2048.
     kv_cache_memory: bytes of the KV cache, or a size such as ``4GiB``; by default what
         ``max_num_seqs`` full sequences could use. gpu_memory_utilization: then, the share of the
-        device's memory, of the machine's on CPU, that weights and KV may take; half by default.
+        device's memory, of the machine's on CPU, that weights and KV may take; by default 0.9, on CPU 0.5.
     enable_prefix_caching: whether texts begin with what earlier ones left in the KV cache.
     target_profile: a JSON file with the target's measured step times, which is written if it is not
         there; None measures them at each start, for up to two seconds.
     seed: seeds the requests that bring none; None draws fresh ones.
+    quantization: of the target, and so None; a drafter's is a key of ``speculative_config``.
     tensor_parallel_size: processes that hold a part of the target each, this one the first of them; they
-        share PyTorch's threads. ranks: instead, the group of those that have been started already, in
-        which this process is rank 0.
+        share PyTorch's threads, and on CUDA each has a device of its own. ranks: instead, the group of
+        those that have been started already, in which this process is rank 0.
+    trace: is told what target and drafters do, and when; see ``EventLog``.
 
     Processes that it started, draft workers and ranks of the target, end with it: at ``close``, at the
     end of a ``with`` block, or when it is collected.
@@ -74,30 +93,40 @@ class LLM(TextGenerator):
         model: str | None = None,
         *,
         speculative_config: Mapping[str, Any] | None = None,
+        device: str = "auto",
         dtype: str = "auto",
-        numerics: str = "canonical",
+        numerics: str | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
-        max_num_batched_tokens: int = MAX_ROWS,
+        max_num_batched_tokens: int | None = None,
         kv_cache_memory: int | str | None = None,
         gpu_memory_utilization: float | None = None,
         enable_prefix_caching: bool = True,
         target_profile: str | None = None,
         seed: int | None = None,
+        quantization: str | None = None,
         tensor_parallel_size: int = 1,
         ranks: RankGroup | None = None,
+        trace: Trace | None = None,
     ) -> None:
+        if quantization is not None:
+            raise InvalidConfigError(
+                f"quantization must be a drafter's, not {quantization!r}: the target's numbers "
+                "must be its own (speculative_config has the drafter's)"
+            )
         if model is None and speculative_config is None:
             speculative_config = {"model": str(pair.DRAFT)}
         config = None if speculative_config is None else SpeculativeConfig.parse(speculative_config)
-        kind = _numerics(numerics)
+        self.device = choose_device(device)
+        kind = numerics_of(numerics, self.device)
+        max_rows = rows_of(max_num_batched_tokens, kind, self.device)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
             raise InvalidConfigError(f"seed must be None or a non-negative integer, not {seed!r}")
-        self._seeds = np.random.default_rng(seed)
-        check_sizes(max_num_seqs, max_num_batched_tokens, tensor_parallel_size)
+        check_sizes(max_num_seqs, max_rows, tensor_parallel_size)
         self.max_num_seqs = max_num_seqs
+        self.tensor_parallel_size = tensor_parallel_size if ranks is None else ranks.size
         shape = TreeShape() if config is None else config.shape
-        costs = CostEstimates(max_rows=max_num_batched_tokens)
+        costs = CostEstimates(max_rows=max_rows)
         self.workers: RemoteDrafters | None = None
         """Draft workers in other processes; None without any."""
         local: DraftEngine | None = None
@@ -109,24 +138,40 @@ class LLM(TextGenerator):
                 str(pair.TARGET) if model is None else model,
                 ranks or tensor_parallel_size,
                 max_num_seqs=max_num_seqs,
+                max_rows=max_rows,
                 max_nodes=shape.num_speculative_tokens,
                 kv_cache_memory=kv_cache_memory,
                 gpu_memory_utilization=gpu_memory_utilization,
                 enable_prefix_caching=enable_prefix_caching,
+                device=self.device,
                 dtype=dtype,
                 numerics=kind,
                 max_model_len=max_model_len,
             )
+            self._runner = runner
             if config is not None:
-                costs = step_costs(runner, max_num_batched_tokens, target_profile)
+                costs = step_costs(runner, max_rows, target_profile)
             if config is not None and config.workers is not None:
-                self.workers = RemoteDrafters(config, self.model, dtype=dtype, numerics=str(kind))
+                self.workers = RemoteDrafters(
+                    config,
+                    self.model,
+                    device=self.device.type,
+                    dtype=dtype,
+                    numerics=str(kind),
+                    trace=trace,
+                )
                 opened.callback(self.workers.close)
             elif config is not None:
                 local = self._make_drafting(opened, config, dtype, enable_prefix_caching)
         except BaseException:
             self.close()
             raise
+        self.preparation = Preparation(
+            self.model.tokenizer,
+            vocab_size=self.model.vocab_size,
+            max_model_len=self.model.decoder.max_model_len,
+            seeds=np.random.default_rng(seed),
+        )
         pool = None if self.workers is None else self.workers.pool
         self.engine = TargetEngine(
             TargetModel(
@@ -134,6 +179,7 @@ class LLM(TextGenerator):
                 vocab_size=self.model.vocab_size,
                 eos_ids=self.model.eos_ids,
                 detokenizer=partial(_detokenizer, self.model.tokenizer),
+                device=self.device,
             ),
             verifier=make_verifier("coupled" if config is None else config.verification),
             drafting=local or pool,
@@ -141,7 +187,23 @@ class LLM(TextGenerator):
             shape=shape,
             make_pipeline=PIPELINES["parallel" if config is None or pool is None else config.pipeline],
             costs=costs,
-            max_rows=max_num_batched_tokens,
+            max_rows=max_rows,
+            trace=trace,
+        )
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the target's KV blocks that requests hold."""
+        pool = self._runner.cache.blocks
+        return 1 - pool.num_free / pool.num_blocks
+
+    @property
+    def drafting(self) -> str:
+        """What drafts, in words."""
+        if self.workers is not None:
+            return "draft workers"
+        return {NgramEngine: "ngram", LocalModelDrafting: "draft model"}.get(
+            type(self.engine.drafting), "none"
         )
 
     def close(self) -> None:
@@ -155,6 +217,10 @@ class LLM(TextGenerator):
         """See ``TextGenerator``: draft workers."""
         return {} if self.workers is None else self.workers.failures()
 
+    def describe(self) -> ModelCard:
+        """See ``TextGenerator``."""
+        return ModelCard.of(self)
+
     def prepare(
         self,
         prompt: Prompt,
@@ -166,14 +232,7 @@ class LLM(TextGenerator):
         """See ``TextGenerator``."""
         if pipeline is not None:
             self._require_pipeline(pipeline)
-        text, ids = self._tokenize(prompt)
-        if params.seed is None:
-            params = replace(params, seed=int(self._seeds.integers(2**63)))
-        requests = [
-            Request(prompt_ids=ids, params=params, choice=choice, speculative=speculative, pipeline=pipeline)
-            for choice in range(params.n)
-        ]
-        return text, requests
+        return self.preparation.requests(prompt, params, speculative=speculative, pipeline=pipeline)
 
     def steps(self, request: Request) -> Iterator[StepOutput | Completion]:
         """See ``TextGenerator``."""
@@ -184,27 +243,28 @@ class LLM(TextGenerator):
                 for _, output in batch.step():
                     if output is not None and ticket.error is None:
                         yield output
-            yield _completion(ticket)
+            result = _result(ticket)
+            if isinstance(result, OutriderError):
+                raise result
+            yield result
         finally:
             batch.close()
 
-    def complete_all(
-        self, requests: Iterable[Request], on_step: OnStep | None = None
-    ) -> Iterator[Completion]:
+    def complete_unordered(self, requests: Iterable[Request], on_step: OnStep | None = None) -> Results:
         """See ``TextGenerator``; ``max_num_seqs`` at once."""
         waiting = iter(requests)
         batch = RunningBatch(self.engine, self.max_num_seqs)
-        unfinished: deque[Ticket] = deque()
         try:
             while True:
-                unfinished += [batch.submit(request) for request in islice(waiting, batch.room)]
-                if not unfinished:
+                for request in islice(waiting, batch.room):
+                    batch.submit(request)
+                if not batch.num_running + batch.num_waiting:
                     return
                 for ticket, output in batch.step():
                     if on_step is not None and output is not None:
                         on_step(ticket.request, output)
-                while unfinished and unfinished[0].finished:
-                    yield _completion(unfinished.popleft())
+                    if ticket.finished:
+                        yield ticket.request, _result(ticket)
         finally:
             batch.close()
 
@@ -213,23 +273,6 @@ class LLM(TextGenerator):
             raise InvalidRequestError(f"pipeline must be one of {', '.join(PIPELINES)}, not {name!r}")
         if name != "serial" and self.workers is None:
             raise InvalidRequestError(f"pipeline {name!r} needs draft workers")
-
-    def _tokenize(self, prompt: Prompt) -> tuple[str, IntArray]:
-        """Text and token ids of a prompt given as either."""
-        tokenizer, limit = self.model.tokenizer, self.model.decoder.max_model_len
-        ids = tokenizer.encode(_encodable(prompt)) if isinstance(prompt, str) else _token_ids(prompt)
-        if not ids:
-            raise InvalidRequestError(f"the prompt {prompt!r} has no tokens")
-        vocab = self.model.vocab_size
-        if min(ids) < 0 or max(ids) >= vocab:
-            strange = next(each for each in ids if not 0 <= each < vocab)
-            raise InvalidRequestError(f"prompt token {strange} is not in the vocabulary of {vocab}")
-        if len(ids) >= limit:
-            raise InvalidRequestError(
-                f"the prompt has {len(ids)} tokens and leaves no room in a context of {limit}"
-            )
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
-        return text, np.array(ids, np.int64)
 
     def _make_drafting(
         self, opened: ExitStack, config: SpeculativeConfig, dtype: str, prefix_caching: bool
@@ -246,9 +289,11 @@ class LLM(TextGenerator):
             opened,
             config.model,
             config.draft_tensor_parallel_size,
+            device=self.device,
             dtype=dtype,
             numerics=Numerics.FAST,
             max_model_len=limit,
+            quantization=config.quantization,
         )
         check_same_vocabulary(self.model.tokenizer, draft.tokenizer)
         if draft.vocab_size < self.model.vocab_size:
@@ -257,7 +302,7 @@ class LLM(TextGenerator):
             )
         runner = ModelRunner(
             network,
-            num_blocks=self.max_num_seqs * session_blocks(limit),
+            num_blocks=draft_blocks(network, self.max_num_seqs),
             prefix_caching=prefix_caching,
         )
         return LocalModelDrafting(
@@ -271,32 +316,7 @@ def _detokenizer(tokenizer: Tokenizer, request: Request) -> IncrementalDetokeniz
     return IncrementalDetokenizer(tokenizer, request.params.skip_special_tokens)
 
 
-def _completion(ticket: Ticket) -> Completion:
-    if ticket.error is not None:
-        raise ticket.error
-    assert ticket.completion is not None
-    return ticket.completion
-
-
-def _encodable(prompt: str) -> str:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(f"the prompt is not valid text: {error}") from None
-    return prompt
-
-
-def _token_ids(prompt: Sequence[int]) -> list[int]:
-    if not isinstance(prompt, (Sequence, np.ndarray)):
-        raise InvalidRequestError(f"a prompt is text or token ids, and {prompt!r} is neither")
-    for each in prompt:
-        if isinstance(each, bool) or not isinstance(each, (int, np.integer)):
-            raise InvalidRequestError(f"a prompt is text or token ids, and {each!r} is neither")
-    return [int(each) for each in prompt]
-
-
-def _numerics(name: str) -> Numerics:
-    try:
-        return Numerics(name)
-    except ValueError:
-        raise InvalidConfigError(f"numerics must be {' or '.join(Numerics)}, not {name!r}") from None
+def _result(ticket: Ticket) -> Completion | OutriderError:
+    result = ticket.completion or ticket.error
+    assert result is not None
+    return result

@@ -32,8 +32,11 @@ class Plan:
     problems: list[str]
 
 
-def needs_of(config: ClusterConfig) -> list[Need]:
-    """Target groups first: without them nothing works, and they are the largest."""
+def needs_of(config: ClusterConfig, *, at_most: bool = False) -> list[Need]:
+    """Target groups first: without them nothing works, and they are the largest.
+
+    at_most: with the draft workers that come only when they are wanted.
+    """
     target = config.target
     groups = [
         Need(name=f"target-{index}", ranks=target.tensor_parallel_size, each=target)
@@ -42,7 +45,7 @@ def needs_of(config: ClusterConfig) -> list[Need]:
     workers = [
         Need(name=f"{pool.name}-{index}", ranks=1, each=pool)
         for pool in config.worker_pools
-        for index in range(pool.replicas)
+        for index in range(pool.most_replicas if at_most else pool.replicas)
     ]
     return groups + workers
 

@@ -15,9 +15,11 @@ from outrider.actors.security import Security
 from outrider.cluster.cluster_config import ClusterConfig
 from outrider.cluster.controller_host import ControllerHost
 from outrider.cluster.generation import Prompt
+from outrider.cluster.model_card import ModelCard
 from outrider.cluster.placement import Node, needs_of, plan
+from outrider.cluster.ray_runtime import NAMESPACE
 from outrider.cluster.resumption import Progress
-from outrider.speculation.errors import ClusterError, OutriderError, TargetLostError
+from outrider.speculation.errors import ClusterError, OutriderError, TargetGroupError, TargetLostError
 from outrider.speculation.request import Request, StepEvent
 from outrider.speculation.sampling_params import SamplingParams
 
@@ -44,9 +46,10 @@ class Calls:
         """Whether anything is to come."""
         return bool(self._calls)
 
-    def count(self, target: str) -> int:
-        """Calls that a target has."""
-        return sum(call.target == target for call in self._calls.values())
+    def unfinished(self, target: str) -> int:
+        """Requests that a target has."""
+        mine = (call for call in self._calls.values() if call.target == target)
+        return sum(not item.finished for call in mine for item in call.items)
 
     def start(self, name: str, target: ActorHandle[Any], items: list[Progress]) -> None:
         """Gives a target requests."""
@@ -71,7 +74,7 @@ class Calls:
         except StopIteration:
             del self._calls[stream]
             return call, []
-        except RayActorError:
+        except (RayActorError, TargetGroupError):
             return call, None
         return call, events
 
@@ -92,7 +95,7 @@ class RayController:
     """A cluster's controller, wherever it runs."""
 
     def __init__(self, actor: ActorHandle[Any]) -> None:
-        self._actor = actor
+        self.actor = actor
 
     def wait_ready(self, seconds: float) -> None:
         """Until every member serves.
@@ -100,16 +103,16 @@ class RayController:
         Raises:
             WorkerError: one does not.
         """
-        _of_controller(self._actor.wait_ready.remote(seconds))
+        _of_controller(self.actor.wait_ready.remote(seconds))
 
     def targets(self) -> dict[str, ActorHandle[Any]]:
         """The targets that serve, by name."""
-        targets: dict[str, ActorHandle[Any]] = _of_controller(self._actor.targets.remote())
+        targets: dict[str, ActorHandle[Any]] = _of_controller(self.actor.targets.remote())
         return targets
 
     def status(self) -> list[dict[str, Any]]:
         """A row per member; see ``Controller.status``."""
-        rows: list[dict[str, Any]] = _of_controller(self._actor.status.remote())
+        rows: list[dict[str, Any]] = _of_controller(self.actor.status.remote())
         return rows
 
     def target_status(self, target: ActorHandle[Any]) -> dict[str, Any]:
@@ -130,13 +133,19 @@ class RayController:
         Raises:
             TargetLostError: the target is gone.
         """
-        try:
-            prepared: tuple[str, list[Request]] = _get(
-                target.prepare.remote(prompt, params, speculative, pipeline)
-            )
-        except RayActorError:
-            raise TargetLostError("the target died before it was asked") from None
+        prepared: tuple[str, list[Request]] = _of_target(
+            target.prepare.remote(prompt, params, speculative, pipeline)
+        )
         return prepared
+
+    def describe(self, target: ActorHandle[Any]) -> ModelCard:
+        """See ``TextGenerator.describe``.
+
+        Raises:
+            TargetLostError: the target is gone.
+        """
+        card: ModelCard = _of_target(target.describe.remote())
+        return card
 
     @contextmanager
     def calls(self, interval: float) -> Iterator[Calls]:
@@ -150,8 +159,8 @@ class RayController:
     def shut_down(self) -> None:
         """Ends the cluster's processes, and waits until they are gone."""
         with contextlib.suppress(RayError):
-            ray.get(self._actor.stop.remote(), timeout=STOP_SECONDS)
-        ray.kill(self._actor)
+            ray.get(self.actor.stop.remote(), timeout=STOP_SECONDS)
+        ray.kill(self.actor)
 
 
 def start_controller(
@@ -168,6 +177,7 @@ def start_controller(
     require_room(config)
     options: dict[str, Any] = {
         "name": controller_name(config.name),
+        "namespace": NAMESPACE,
         "num_cpus": 0,
         # Nothing survives the head; on another node the cluster would end with that one, too.
         "resources": {"node:__internal_head__": 0.001},
@@ -189,7 +199,7 @@ def start_controller(
 def find_controller(name: str) -> RayController | None:
     """The standing cluster of that name, if there is one."""
     try:
-        return RayController(ray.get_actor(controller_name(name)))
+        return RayController(ray.get_actor(controller_name(name), namespace=NAMESPACE))
     except ValueError:
         return None
 
@@ -230,6 +240,18 @@ def _get(reference: Any) -> Any:
         if isinstance(error.cause, OutriderError):
             raise error.cause from None
         raise
+
+
+def _of_target(reference: Any) -> Any:
+    """What a target answers.
+
+    Raises:
+        TargetLostError: it is gone.
+    """
+    try:
+        return _get(reference)
+    except RayActorError:
+        raise TargetLostError("the target died before it was asked") from None
 
 
 def _of_controller(reference: Any) -> Any:

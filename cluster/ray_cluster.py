@@ -1,25 +1,28 @@
 """``Cluster``: targets and draft workers on Ray, used like an ``LLM``."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias, TypeVar
 
 from outrider.cluster.cluster_config import ClusterConfig, load_config
-from outrider.cluster.generation import OnStep, Prompt, TextGenerator
+from outrider.cluster.generation import OnStep, Prompt, Results, TextGenerator
+from outrider.cluster.model_card import ModelCard
 from outrider.cluster.resumption import Progress
 from outrider.cluster.standing import connect
-from outrider.speculation.errors import ClusterError, TargetLostError
+from outrider.speculation.errors import ClusterError, OutriderError, TargetLostError
 from outrider.speculation.request import Completion, Request, StepOutput
 from outrider.speculation.sampling_params import SamplingParams
 
-CALLS_AHEAD = 2
-"""Batches of requests that a target is given, so that its own never runs dry."""
+T = TypeVar("T")
+
+BATCHES_AHEAD = 2
+"""As many requests as a target is given, in batches of its size, so that its own never runs dry."""
 LOT_SECONDS = 0.25
 """Between two lots of steps from a target where nobody looks at single steps."""
-Item = StepOutput | Completion
+Item: TypeAlias = StepOutput | Completion | OutriderError
 
 
 class Cluster(TextGenerator):
@@ -51,6 +54,10 @@ class Cluster(TextGenerator):
         """
         return cls(load_config(path))
 
+    def describe(self) -> ModelCard:
+        """See ``TextGenerator``; that of any target, for they are alike."""
+        return self._ask(self._controller.describe)
+
     def prepare(
         self,
         prompt: Prompt,
@@ -60,47 +67,33 @@ class Cluster(TextGenerator):
         pipeline: str | None = None,
     ) -> tuple[str, list[Request]]:
         """See ``TextGenerator``."""
-        while True:
-            name, target = self._some_target()
-            try:
-                return self._controller.prepare(target, prompt, params, speculative, pipeline)
-            except TargetLostError:
-                self._targets = self._others(name, target)
+        return self._ask(self._controller.prepare, prompt, params, speculative, pipeline)
 
-    def steps(self, request: Request) -> Iterator[Item]:
+    def steps(self, request: Request) -> Iterator[StepOutput | Completion]:
         """See ``TextGenerator``. If its target dies, another one goes on with the same tokens.
 
         Raises:
             TargetLostError: there is no other target.
         """
-        yield from (item for _, item in self._serve(iter([request]), 0.0))
+        for _, item in self._serve(iter([request]), 0.0):
+            if isinstance(item, OutriderError):
+                raise item
+            yield item
 
-    def complete_all(
-        self, requests: Iterable[Request], on_step: OnStep | None = None
-    ) -> Iterator[Completion]:
+    def complete_unordered(self, requests: Iterable[Request], on_step: OnStep | None = None) -> Results:
         """See ``TextGenerator``; spread over all targets, and as for ``steps``."""
-        order: deque[Request] = deque()
-        finished: dict[Request, Completion] = {}
-
-        def noted() -> Iterator[Request]:
-            for request in requests:
-                order.append(request)
-                yield request
-
-        for request, item in self._serve(noted(), LOT_SECONDS if on_step is None else 0.0):
-            if isinstance(item, Completion):
-                finished[request] = item
+        for request, item in self._serve(iter(requests), LOT_SECONDS if on_step is None else 0.0):
+            if not isinstance(item, StepOutput):
+                yield request, item
             elif on_step is not None:
                 on_step(request, item)
-            while order and order[0] in finished:
-                yield finished.pop(order.popleft())
 
     def failures(self) -> dict[str, str]:
         """See ``TextGenerator``: members that do not serve."""
         return {
             f"{row['name']} {row['epoch']}": f"{row['name']} is {row['phase']}: {row['note']}"
             for row in self.status()
-            if row["phase"] != "ready"
+            if row["phase"] not in ("ready", "resting")
         }
 
     def status(self) -> list[dict[str, Any]]:
@@ -121,23 +114,33 @@ class Cluster(TextGenerator):
                     return
                 call, events = calls.next()
                 if events is None:
-                    again += self._lost(call.target, calls)
+                    for progress in self._lost(call.target, calls):
+                        if (given_up := progress.lose()) is None:
+                            again.append(progress)
+                        else:
+                            yield progress.request, given_up
                     continue
                 for event in events:
-                    progress: Progress = call.items[event.index]
-                    for item in progress.take(event):
-                        yield progress.request, item
+                    progress = call.items[event.index]
+                    try:
+                        for item in progress.take(event):
+                            yield progress.request, item
+                    except OutriderError as error:
+                        yield progress.request, error
 
     def _hand_out(self, again: deque[Progress], requests: Iterator[Request], calls: Any) -> None:
-        """Gives every target that has room its next batch."""
+        """Gives targets requests, half a batch at a time, whoever has least first."""
         size = self.config.target.max_num_seqs
-        for name, target in self._targets.items():
-            while calls.count(name) < CALLS_AHEAD:
-                batch = [again.popleft() for _ in range(min(size, len(again)))]
-                batch += [Progress(request) for request in islice(requests, size - len(batch))]
-                if not batch:
-                    return
-                calls.start(name, target, batch)
+        half = -(-size // 2)
+        while self._targets:
+            name = min(self._targets, key=calls.unfinished)
+            if calls.unfinished(name) + half > BATCHES_AHEAD * size:
+                return
+            lot = [again.popleft() for _ in range(min(half, len(again)))]
+            lot += [Progress(request) for request in islice(requests, half - len(lot))]
+            if not lot:
+                return
+            calls.start(name, self._targets[name], lot)
 
     def _lost(self, name: str, calls: Any) -> list[Progress]:
         """What a dead target leaves behind, for the others to go on with."""
@@ -154,6 +157,15 @@ class Cluster(TextGenerator):
         """The targets that serve; the controller may not know yet that this one died."""
         targets = self._controller.targets()
         return {each: target for each, target in targets.items() if each != name or target != dead}
+
+    def _ask(self, question: Callable[..., T], *arguments: object) -> T:
+        """What any one of the targets says."""
+        while True:
+            name, target = self._some_target()
+            try:
+                return question(target, *arguments)
+            except TargetLostError:
+                self._targets = self._others(name, target)
 
     def _some_target(self) -> tuple[str, Any]:
         if not self._targets:

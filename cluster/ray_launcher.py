@@ -1,12 +1,13 @@
 """Starts a cluster's members as Ray actors. All that a controller asks of Ray is in here."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -24,6 +25,8 @@ WORKER_SECONDS = 30.0
 must have started too."""
 REMOVAL_SECONDS = 1.0
 """How long a group that is being placed is waited for before it is removed."""
+LOAD_SECONDS = 1.0
+"""Between two looks at what a draft worker has to do."""
 _NOTHING = {"memory": 1.0}
 """A byte; Ray refuses empty bundles."""
 
@@ -74,7 +77,11 @@ class RayLauncher:
             )
             address, model = await self._in_time(actor.start.remote(settings))
             reports.drafting(address, model)
-            await actor.serve.remote()
+            listening = asyncio.ensure_future(_report_sessions(actor, reports))
+            try:
+                await actor.serve.remote()
+            finally:
+                listening.cancel()
         finally:
             ray.kill(actor)
 
@@ -148,6 +155,16 @@ async def _reported(life: Coroutine[Any, Any, None], reports: Reports) -> None:
         reports.ended(f"its process died: {_line(error, -1 if error.actor_init_failed else 0)}")
     except Exception as error:  # whatever it is, the member must not look as if it were on its way
         reports.ended(_line(error))
+
+
+async def _report_sessions(actor: ActorHandle[Any], reports: Reports) -> None:
+    """Says how many requests a draft worker drafts for, as it changes, but not for every short one."""
+    known = 0
+    with contextlib.suppress(RayError):  # its end is told by ``serve``
+        while True:
+            known = await actor.sessions_beside.remote(known)
+            reports.sessions(known)
+            await asyncio.sleep(LOAD_SECONDS)
 
 
 async def _patiently(placed: Any, seconds: float, need: Need, reports: Reports) -> Any:

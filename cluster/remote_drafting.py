@@ -8,13 +8,15 @@ from functools import partial
 from outrider.actors.draft_pool import DraftPool
 from outrider.actors.grpc_client import DraftClient
 from outrider.actors.security import Security
+from outrider.actors.tracing import Trace
 from outrider.cluster.cluster_security import cluster_security
 from outrider.cluster.launcher import LocalWorkers
 from outrider.cluster.speculative_config import SpeculativeConfig
 from outrider.cluster.workers_config import WorkersConfig
 from outrider.models.loader import LoadedModel, context_length
 from outrider.speculation.errors import VocabularyMismatchError, WorkerError
-from outrider.speculation.replication.messages import NO_LIMIT, PROTOCOL_VERSION, GrowthLimits, Hello
+from outrider.speculation.pipelines.registry import growth_limits, num_drafters
+from outrider.speculation.replication.messages import PROTOCOL_VERSION, GrowthLimits, Hello
 from outrider.speculation.request import Request
 
 CONNECT_SECONDS = 10.0
@@ -23,7 +25,8 @@ CONNECT_SECONDS = 10.0
 class RemoteDrafters:
     """The draft workers of one target, with all that has to be ended with it.
 
-    local: the processes started here, or None where addresses were given.
+    local: the processes started here, or None where addresses were given. trace: learns what is
+    said to them and by them.
 
     Raises:
         WorkerError: a worker could not be started, or none can be reached.
@@ -31,12 +34,22 @@ class RemoteDrafters:
         InvalidConfigError: certificates cannot be used.
     """
 
-    def __init__(self, config: SpeculativeConfig, model: LoadedModel, *, dtype: str, numerics: str) -> None:
+    def __init__(
+        self,
+        config: SpeculativeConfig,
+        model: LoadedModel,
+        *,
+        device: str,
+        dtype: str,
+        numerics: str,
+        trace: Trace | None = None,
+    ) -> None:
         assert config.workers is not None
         self.local: LocalWorkers | None = None
         self._open = ExitStack()
         try:
-            addresses, security = self._find(config.workers, config, model, dtype)
+            settings = ["--device", device, "--dtype", dtype]
+            addresses, security = self._find(config.workers, config, model, settings)
             self._client = DraftClient(security=security)
             self._open.callback(self._client.close)
             self._hello = _hello(model, numerics)
@@ -46,6 +59,8 @@ class RemoteDrafters:
                 limits=partial(_limits, config),
                 vocab_size=model.vocab_size,
                 clock=time.perf_counter,
+                num_drafters=partial(_num_drafters, config),
+                trace=trace,
             )
             self._open.callback(self.pool.close)
             if config.workers.required:
@@ -78,13 +93,13 @@ class RemoteDrafters:
         }
 
     def _find(
-        self, workers: WorkersConfig, config: SpeculativeConfig, model: LoadedModel, dtype: str
+        self, workers: WorkersConfig, config: SpeculativeConfig, model: LoadedModel, settings: list[str]
     ) -> tuple[list[str], Security]:
         """Where the workers listen and what connecting takes; starts them if they are to be local."""
         if not workers.is_local:
             security = cluster_security(workers.tls_ca, workers.tls_certificate, workers.tls_key)
             return list(workers.addresses), security
-        self.local = LocalWorkers(workers.count, _worker_arguments(config, workers, model, dtype))
+        self.local = LocalWorkers(workers.count, _worker_arguments(config, workers, model, settings))
         self._open.callback(self.local.close)
         return self.local.addresses, self.local.security
 
@@ -109,20 +124,21 @@ def _hello(model: LoadedModel, numerics: str) -> Hello:
 
 
 def _limits(config: SpeculativeConfig, request: Request) -> GrowthLimits:
-    shape = config.shape
-    return GrowthLimits(
-        width=shape.width,
-        children=shape.children,
-        steps=NO_LIMIT if (request.pipeline or config.pipeline) == "parallel" else shape.depth,
-        min_score=shape.min_score,
-    )
+    return growth_limits(request.pipeline or config.pipeline, config.shape)
+
+
+def _num_drafters(config: SpeculativeConfig, request: Request) -> int:
+    assert config.workers is not None
+    return num_drafters(request.pipeline or config.pipeline, config.workers.per_request)
 
 
 def _worker_arguments(
-    config: SpeculativeConfig, workers: WorkersConfig, model: LoadedModel, dtype: str
+    config: SpeculativeConfig, workers: WorkersConfig, model: LoadedModel, settings: list[str]
 ) -> list[str]:
     assert config.model is not None
     limit = min(config.max_model_len or model.decoder.max_model_len, context_length(config.model))
-    arguments = ["--draft", config.model, "--dtype", dtype, "--max-sessions", str(workers.max_sessions)]
+    arguments = [*settings, "--draft", config.model, "--max-sessions", str(workers.max_sessions)]
     arguments += ["--tensor-parallel-size", str(config.draft_tensor_parallel_size)]
+    if config.quantization is not None:
+        arguments += ["--quantization", config.quantization]
     return [*arguments, "--max-model-len", str(limit), "--threads", str(workers.threads)]

@@ -7,7 +7,11 @@ like. So a request whose target died is served anew, and what was seen before is
 from collections.abc import Iterator
 from dataclasses import replace
 
+from outrider.speculation.errors import TargetLostError
 from outrider.speculation.request import Completion, Request, StepEvent, StepOutput
+
+MOST_FAILOVERS = 3
+"""Targets that a request may lose and still be opened again."""
 
 
 class Progress:
@@ -16,14 +20,23 @@ class Progress:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.finished = False
+        self._lost = 0
         self._tokens = self._characters = 0
         """That the caller has seen."""
         self._tokens_again = self._characters_again = 0
         """That the present target has sent."""
 
     def restart(self) -> None:
-        """Its target died."""
+        """A target begins with it."""
         self._tokens_again = self._characters_again = 0
+
+    def lose(self) -> TargetLostError | None:
+        """Its target died; an error if it is not to be served again, for it may be what ends them."""
+        self._lost += 1
+        if self._lost <= MOST_FAILOVERS:
+            return None
+        self.finished = True
+        return TargetLostError(f"{self._lost} targets died while they served this request")
 
     def take(self, event: StepEvent) -> Iterator[StepOutput | Completion]:
         """What of an event is new to the caller.
@@ -57,4 +70,7 @@ class Progress:
             token_ids=output.token_ids[old_tokens:],
             num_accepted=max(0, output.num_accepted - old_tokens),
             text=output.text[old_characters:],
+            logprobs=None if output.logprobs is None else output.logprobs[old_tokens:],
+            # They came with the first token, which the caller has seen.
+            prompt_logprobs=None,
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from outrider.cluster.simulator import Costs, Simulated, simulate, straight_curve
-from outrider.speculation.pipelines.registry import PIPELINES
+from outrider.speculation.pipelines.linger import FIRST_KAPPA, KAPPAS, NEVER, LingerRule
 from outrider.speculation.pipelines.shape import MAX_VERIFIED_NODES, TreeShape
 from outrider.speculation.tree import MAX_TREE_DEPTH
 
@@ -19,6 +19,14 @@ DRAFT_SECONDS = 1e-3
 """Nothing but patience, which is in seconds, depends on it."""
 SHAPES = ((4, 32), (8, 48), (16, 63))
 """Tree widths and most verified nodes that are tried."""
+POLICIES: dict[str, tuple[str, tuple[float, ...]]] = {
+    "never wait": ("parallel", (NEVER,)),
+    "linger": ("parallel", (FIRST_KAPPA,)),
+    "parallel": ("parallel", KAPPAS),
+    "serial": ("serial", KAPPAS),
+    "pearl": ("pearl", KAPPAS),
+}
+"""Columns: a pipeline, and the kappas of its lingering. ``parallel`` chooses among them, as in an engine."""
 SCREENING_TOKENS = 250
 SEEDS = 4
 
@@ -40,19 +48,30 @@ class Cell:
     acceptance: tuple[float, ...]
     target: float
     round_trip: float
-    pipelines: dict[str, Estimate]
+    policies: dict[str, Estimate]
     pearl: float | None
 
 
-def estimate(costs: Costs, pipeline: str | None, *, shape: TreeShape, tokens: int, seed: int) -> Estimate:
-    """``SEEDS`` runs of so many tokens each.
+def estimate(
+    costs: Costs,
+    pipeline: str | None,
+    *,
+    shape: TreeShape,
+    tokens: int,
+    seed: int,
+    kappas: Sequence[float] = KAPPAS,
+) -> Estimate:
+    """``SEEDS`` runs of so many tokens each, none of which knows anything of the others.
+
+    kappas: what the lingering of ``parallel`` chooses from.
 
     Raises:
         InvalidConfigError: see ``simulate``.
     """
-    runs = [
-        simulate(costs, pipeline, shape=shape, tokens=tokens, seed=seed + index) for index in range(SEEDS)
-    ]
+    runs = []
+    for index in range(SEEDS):
+        linger = LingerRule(kappas, FIRST_KAPPA if FIRST_KAPPA in kappas else kappas[0])
+        runs.append(simulate(costs, pipeline, shape=shape, tokens=tokens, seed=seed + index, linger=linger))
     plain = costs.target[0] + costs.target_overhead
     ratios = np.array([run.tokens * plain / run.seconds for run in runs])
     return Estimate(
@@ -63,16 +82,13 @@ def estimate(costs: Costs, pipeline: str | None, *, shape: TreeShape, tokens: in
     )
 
 
-def best_estimate(
-    costs: Costs, pipeline: str, *, shapes: Sequence[TreeShape], tokens: int, seed: int
-) -> Estimate:
-    """The best of some shapes; it is chosen with another seed than those that count."""
+def best_shape(costs: Costs, pipeline: str, *, shapes: Sequence[TreeShape], seed: int) -> TreeShape:
+    """The fastest of some shapes, with another seed than those that count."""
     times = [
         simulate(costs, pipeline, shape=shape, tokens=SCREENING_TOKENS, seed=seed + SEEDS).seconds
         for shape in shapes
     ]
-    shape = shapes[int(np.argmin(times))]
-    return estimate(costs, pipeline, shape=shape, tokens=tokens, seed=seed)
+    return shapes[int(np.argmin(times))]
 
 
 def table(*, tokens: int, seed: int, progress: Callable[[float], None]) -> Iterator[Cell]:
@@ -84,31 +100,48 @@ def table(*, tokens: int, seed: int, progress: Callable[[float], None]) -> Itera
                 acceptance=acceptance,
                 target=ratio,
                 round_trip=trip,
-                pipelines={},
+                policies={},
                 pearl=None if trip else pearl_speed_up(acceptance[0], ratio),
             )
-            for pipeline in PIPELINES:
-                cell.pipelines[pipeline] = table_estimate(acceptance, ratio, trip, pipeline, tokens, seed)
+            shapes: dict[str, TreeShape] = {}
+            for policy in POLICIES:
+                estimate = table_estimate(acceptance, ratio, trip, policy, tokens, seed, shapes)
+                cell.policies[policy] = estimate
                 done += 1
                 progress(done)
             yield cell
 
 
 def table_estimate(
-    acceptance: tuple[float, ...], ratio: float, trip: float, pipeline: str, tokens: int, seed: int
+    acceptance: tuple[float, ...],
+    ratio: float,
+    trip: float,
+    policy: str,
+    tokens: int,
+    seed: int,
+    chosen: dict[str, TreeShape],
 ) -> Estimate:
-    """One figure of the table."""
+    """One figure of the table. chosen: the pipelines' shapes in this row, found here if they are missing."""
     costs = Costs(
         acceptance=acceptance,
         target=straight_curve(ratio * DRAFT_SECONDS, SLOPE, MAX_VERIFIED_NODES + 1),
         draft=(DRAFT_SECONDS,),
         round_trip=trip * DRAFT_SECONDS,
     )
-    shapes = [
-        TreeShape(num_speculative_tokens=nodes, width=width, children=len(acceptance), depth=MAX_TREE_DEPTH)
-        for width, nodes in SHAPES
-    ]
-    return best_estimate(costs, pipeline, shapes=shapes, tokens=tokens, seed=seed)
+    pipeline, kappas = POLICIES[policy]
+    if pipeline not in chosen:
+        # A chain has no width, and its window is found by itself.
+        possible = SHAPES[-1:] if pipeline == "pearl" else SHAPES
+        shapes = [
+            TreeShape(
+                num_speculative_tokens=nodes, width=width, children=len(acceptance), depth=MAX_TREE_DEPTH
+            )
+            for width, nodes in possible
+        ]
+        chosen[pipeline] = (
+            best_shape(costs, pipeline, shapes=shapes, seed=seed) if len(shapes) > 1 else shapes[0]
+        )
+    return estimate(costs, pipeline, shape=chosen[pipeline], tokens=tokens, seed=seed, kappas=kappas)
 
 
 def pearl_speed_up(acceptance: float, ratio: float) -> float:

@@ -6,7 +6,7 @@ of ``Costs`` are all there is to say, and nothing of engine, protocol or pipelin
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,12 +20,11 @@ from outrider.actors.virtual import BusyTime, VirtualArrivals, VirtualClock, Vir
 from outrider.speculation.errors import InvalidConfigError
 from outrider.speculation.living_tree import LivingTree, Reroot
 from outrider.speculation.pipelines.costs import CostEstimates
-from outrider.speculation.pipelines.registry import PIPELINES
+from outrider.speculation.pipelines.linger import LingerRule
+from outrider.speculation.pipelines.registry import PIPELINES, growth_limits
 from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.replication.messages import (
-    NO_LIMIT,
     PROTOCOL_VERSION,
-    GrowthLimits,
     Hello,
     Welcome,
 )
@@ -51,7 +50,7 @@ class Costs:
     draft: ``[W]``, a draft step that expands 1, 2, ... W nodes; more cost as much as W.
     round_trip: of the link, with all that a message takes from one engine to the other.
     target_overhead: of each target step beside its forward, plain decoding included.
-    speculation_overhead: the same, of each step of a request that is drafted for.
+    speculation_overhead: the same, of each step with a drafter that has not been stopped.
     commit_overhead: of the drafter for each commit that it takes in.
     contrast: how much easy positions differ from hard ones, half of all: the chance of anything
         but the first guess is so much smaller, or larger, there. The drafter knows which is which.
@@ -123,10 +122,11 @@ def simulate(
     tokens: int,
     seed: int = 0,
     text: "Text | None" = None,
+    linger: LingerRule | None = None,
 ) -> Simulated:
     """One request of so many tokens; ``pipeline`` None is plain decoding.
 
-    text: a measured one, in place of one drawn from the costs' acceptance.
+    text: a measured one, in place of one drawn from the costs' acceptance. linger: of ``parallel``.
 
     Raises:
         InvalidConfigError: the pipeline is unknown, or so many tokens cannot be simulated.
@@ -139,14 +139,13 @@ def simulate(
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, seed=seed)
     world = VirtualClock()
     text = text or draw_text(costs, tokens, seed)
-    overhead = costs.target_overhead + (costs.speculation_overhead if pipeline else 0.0)
     step_cost = StepCostModel(costs.target)
-    runner = _Runner(world, text, step_cost.curve(shape.num_speculative_tokens + 1), overhead)
+    runner = _Runner(world, text, step_cost.curve(shape.num_speculative_tokens + 1), costs)
     pool = None
     if pipeline is not None:
-        steps = NO_LIMIT if pipeline == "parallel" else shape.depth
-        pool = _pool(world, costs, text, shape, steps=steps)
-        pool.wait_for_workers(2 * costs.round_trip)
+        pool = _pool(world, costs, text, shape, pipeline)
+        world.advance(costs.round_trip)
+        pool.poll()
     engine = TargetEngine(
         TargetModel(runner=runner, vocab_size=text.vocab_size, eos_ids=(), detokenizer=lambda _: _NoText()),
         verifier=make_verifier("coupled"),
@@ -154,9 +153,10 @@ def simulate(
         remote=pool,
         shape=shape,
         make_pipeline=PIPELINES[pipeline or "parallel"],
-        costs=CostEstimates(step_cost),
+        costs=CostEstimates(step_cost, linger=linger),
         clock=world,
     )
+    runner.is_helped = lambda: engine.drafted
     with engine.start(Request(prompt_ids=np.zeros(1, np.int64), params=params)) as run:
         began = world.now
         while not run.finished:
@@ -217,7 +217,7 @@ def _ranks(chances: FloatArray, count: int, rng: np.random.Generator) -> IntArra
     return np.searchsorted(bounds, draws, side="right")
 
 
-def _pool(world: VirtualClock, costs: Costs, text: Text, shape: TreeShape, *, steps: int) -> DraftPool:
+def _pool(world: VirtualClock, costs: Costs, text: Text, shape: TreeShape, pipeline: str) -> DraftPool:
     busy, vocab_size = BusyTime(world), text.vocab_size
     worker = VirtualWorker(world, DraftWorker(_RankDrafter(costs, text, busy), clock=busy), busy)
     hello = Hello(
@@ -229,9 +229,10 @@ def _pool(world: VirtualClock, costs: Costs, text: Text, shape: TreeShape, *, st
         vocab_size=vocab_size, numerics="canonical", max_model_len=CONTEXT, max_sessions=1,
     )  # fmt: skip
     link = VirtualLink(world, worker, hello=hello, welcome=welcome, delay=costs.round_trip / 2)
-    limits = GrowthLimits(width=shape.width, children=shape.children, steps=steps, min_score=shape.min_score)
     arrivals = VirtualArrivals(world, [link])
-    return DraftPool([link], arrivals, limits=lambda _: limits, vocab_size=vocab_size, clock=world)
+    return DraftPool(
+        [link], arrivals, limits=lambda _: growth_limits(pipeline, shape), vocab_size=vocab_size, clock=world
+    )
 
 
 class _NoText:
@@ -265,16 +266,17 @@ class _Length:
 class _Runner:
     """A target whose step takes its time and whose tokens are given in advance.
 
-    overhead: seconds of a step beside its forward.
+    is_helped: whether the step was one with drafts.
     """
 
     max_model_len = CONTEXT
 
-    def __init__(self, world: VirtualClock, text: Text, times: FloatArray, overhead: float) -> None:
-        self._world, self._times, self._overhead = world, times.tolist(), overhead
+    def __init__(self, world: VirtualClock, text: Text, times: FloatArray, costs: Costs) -> None:
+        self._world, self._times, self._costs = world, times.tolist(), costs
+        self.is_helped: Callable[[], bool] = lambda: False
         self._rows = torch.from_numpy(np.eye(text.vocab_size, dtype=np.float32)[text.truth])
 
-    def open(self, text: IntArray, like: tuple[_Length, int] | None = None) -> _Length:  # noqa: ARG002
+    def open(self, text: IntArray, like: object = None, reusable: int | None = None) -> _Length:  # noqa: ARG002
         return _Length()
 
     def verify(self, queries: Sequence[TreeQuery[_Length]]) -> list[torch.Tensor]:
@@ -287,14 +289,15 @@ class _Runner:
 
     def accept(self, sequence: _Length, nodes: IntArray) -> None:
         sequence.length += len(nodes)
-        self._world.advance(self._overhead)
+        helped = self._costs.speculation_overhead if self.is_helped() else 0.0
+        self._world.advance(self._costs.target_overhead + helped)
 
 
 class _RankSession:
     """A drafter's tree, and how much text there is before it."""
 
-    def __init__(self, length: int, commit_seconds: float, busy: BusyTime) -> None:
-        self.tree = LivingTree(Law.COUPLED)
+    def __init__(self, length: int, children: int, commit_seconds: float, busy: BusyTime) -> None:
+        self.tree, self.children = LivingTree(Law.COUPLED), children
         self.root_rows = 1
         self.length = length
         self._commit_seconds, self._busy = commit_seconds, busy
@@ -311,15 +314,15 @@ class _RankSession:
 
 
 class _RankDrafter:
-    """Gives every node the ranks as children, with the chances of its position."""
+    """Gives every node the first ranks as children, with the chances of its position."""
 
     max_rows = 64
 
     def __init__(self, costs: Costs, text: Text, busy: BusyTime) -> None:
         self._costs, self._text, self._busy = costs, text, busy
 
-    def open_session(self, token_ids: IntArray, *_: object, **__: object) -> _RankSession:
-        return _RankSession(len(token_ids), self._costs.commit_overhead, self._busy)
+    def open_session(self, token_ids: IntArray, *_: object, children: int, **__: object) -> _RankSession:
+        return _RankSession(len(token_ids), children, self._costs.commit_overhead, self._busy)
 
     def grow(self, plan: Sequence[tuple[_RankSession, IntArray]]) -> None:
         times = self._costs.draft
@@ -328,7 +331,8 @@ class _RankDrafter:
             session.root_rows = 0
             tree = session.tree
             # The text begins behind a prompt of one token.
-            chances = self._text.chances_at(session.length - 1 + tree.depths[slots])
+            positions = session.length - 1 + tree.depths[slots]
+            chances = self._text.chances_at(positions)[:, : session.children]
             tree.mark_expanded(slots)
             ranks = np.tile(np.arange(chances.shape[1]), len(slots))
             tree.add(np.repeat(slots, chances.shape[1]), ranks, chances.ravel())

@@ -6,12 +6,13 @@ from typing import Any
 
 from outrider.cluster.nearest import refuse_unknown
 from outrider.cluster.workers_config import WorkersConfig
+from outrider.models.quantization import QUANTIZATIONS
 from outrider.speculation.errors import InvalidConfigError
 from outrider.speculation.pipelines.shape import DEFAULT_SPECULATIVE_TOKENS, TreeShape
 from outrider.speculation.verifiers.registry import VERIFIERS
 
 METHODS = ("draft_model", "ngram")
-PIPELINES = ("serial", "parallel")
+PIPELINES = ("serial", "parallel", "pearl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,13 +22,15 @@ class SpeculativeConfig:
     method: ``draft_model`` or ``ngram``.
     model: folder or hub id of the draft model.
     draft_tensor_parallel_size: processes that share the draft model, where this process starts it.
+    quantization: ``int8`` quantises the draft model's weights when it is loaded; None leaves them.
     num_speculative_tokens: most draft tokens that one target step verifies.
     prompt_lookup_min, prompt_lookup_max: lengths of the n-grams that ``ngram`` looks up.
     max_model_len: limit of the draft model's context; the target's by default.
     workers: draft workers in processes of their own, see ``WorkersConfig.parse``; None drafts
         in the target's process.
-    pipeline: ``serial``, draft and verify in turns, or ``parallel``, both at once, which needs
-        workers; the default with and without them is ``parallel`` and ``serial``.
+    pipeline: ``serial``, draft and verify in turns; ``parallel``, both at once, which also finds out
+        whether waiting, or drafting at all, pays; or ``pearl``, the paper's, for comparison. The last
+        two need workers; the default with and without them is ``parallel`` and ``serial``.
     verification: ``coupled`` or ``greedy``; both match the target's own tokens.
     tree: ``width``, ``children``, ``depth`` and ``adaptive`` of ``TreeShape``.
     """
@@ -35,6 +38,7 @@ class SpeculativeConfig:
     method: str = "draft_model"
     model: str | None = None
     draft_tensor_parallel_size: int = 1
+    quantization: str | None = None
     num_speculative_tokens: int = DEFAULT_SPECULATIVE_TOKENS
     prompt_lookup_min: int = 2
     prompt_lookup_max: int = 4
@@ -86,6 +90,8 @@ class SpeculativeConfig:
         _choose("method", self.method, METHODS)
         _choose("pipeline", self.pipeline, PIPELINES)
         _choose("verification", self.verification, VERIFIERS)
+        if self.quantization is not None:
+            _choose("quantization", self.quantization, QUANTIZATIONS)
         self._check_workers()
         served = self.workers is not None and not self.workers.is_local
         if self.method == "draft_model" and not self.model and not served:
@@ -98,6 +104,11 @@ class SpeculativeConfig:
             raise InvalidConfigError(
                 f"speculative_config: the workers' model is theirs to choose, so model {self.model!r} must go"
             )
+        if self.quantization is not None and not self.model:
+            whose = "the workers' models are theirs to choose" if served else "nothing has weights"
+            raise InvalidConfigError(
+                f"speculative_config: {whose}, so quantization {self.quantization!r} must go"
+            )
         if not isinstance(self.tree, Mapping):
             raise InvalidConfigError(f"speculative_config: tree must be a mapping, not {self.tree!r}")
         names = {each.name for each in fields(TreeShape)} - {"num_speculative_tokens"}
@@ -105,8 +116,10 @@ class SpeculativeConfig:
         _ = self.shape
 
     def _check_workers(self) -> None:
-        if self.workers is None and self.pipeline == "parallel":
-            raise InvalidConfigError("speculative_config: pipeline 'parallel' needs workers, such as 'local'")
+        if self.workers is None and self.pipeline != "serial":
+            raise InvalidConfigError(
+                f"speculative_config: pipeline {self.pipeline!r} needs workers, such as 'local'"
+            )
         if self.workers is not None and self.method != "draft_model":
             raise InvalidConfigError(
                 f"speculative_config: workers run a draft model, so method must not be {self.method!r}"

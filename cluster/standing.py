@@ -105,6 +105,25 @@ def standing_ray(standing: Standing, *, debug: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def ray_of(config: ClusterConfig, *, debug: bool = False) -> Iterator[None]:
+    """The Ray of the standing cluster of that name, or the one that it would be started on.
+
+    Raises:
+        ClusterError: there is none, and none can be started.
+    """
+    standing = find_local(config.name) if config.address == "local" else None
+    if standing is not None:
+        with standing_ray(standing, debug=debug):
+            yield
+    elif config.address == "local":
+        with local_ray(debug=debug):
+            yield
+    else:
+        with attached(config, debug=debug):
+            yield
+
+
+@contextmanager
 def attached(config: ClusterConfig, *, debug: bool = False) -> Iterator[None]:
     """The Ray cluster that the configuration names."""
     path = config.security.ray_token_file

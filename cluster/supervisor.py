@@ -28,7 +28,7 @@ class Phase(StrEnum):
     """Where a member stands.
 
     waiting: for the pause after an end. placing: for resources. starting: loads its model.
-    failed: starting it again would not help. stopped: for good.
+    failed: starting it again would not help. resting: not wanted now. stopped: for good.
     """
 
     WAITING = "waiting"
@@ -36,6 +36,7 @@ class Phase(StrEnum):
     STARTING = "starting"
     READY = "ready"
     FAILED = "failed"
+    RESTING = "resting"
     STOPPED = "stopped"
 
 
@@ -139,6 +140,19 @@ class Supervisor:
             member.phase, member.due = Phase.WAITING, now + member.pause
             member.pause = min(LONGEST_PAUSE, 2 * member.pause)
         return [Discard(member=name, epoch=epoch)]
+
+    def rest(self, name: str) -> list[Action]:
+        """A member is not wanted for now."""
+        member = self.members[name]
+        running = member.phase in (Phase.PLACING, Phase.STARTING, Phase.READY)
+        member.phase, member.note = Phase.RESTING, ""
+        return [Discard(member=name, epoch=member.epoch)] if running else []
+
+    def wake(self, name: str, now: float) -> None:
+        """A resting member is wanted."""
+        member = self.members[name]
+        assert member.phase is Phase.RESTING, f"{name} is {member.phase}"
+        member.phase, member.due = Phase.WAITING, now
 
     def stop(self) -> list[Action]:
         """Ends everything for good."""

@@ -18,6 +18,7 @@ from outrider.actors.target_worker import follow
 from outrider.cluster.child import stop_at_end_of_input
 from outrider.models.decoder import Decoder
 from outrider.models.decoder_loader import load_decoder
+from outrider.models.device import take_device
 from outrider.models.numerics import Numerics
 from outrider.models.parallel import RankGroup, find_store
 from outrider.models.resolve import resolve_model
@@ -26,7 +27,10 @@ from outrider.speculation.errors import OutriderError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankSettings:
-    """Which rank of how many this is, where rank 0 is, and what all of them load."""
+    """Which rank of how many this is, where rank 0 is, and what all of them load.
+
+    device: of this rank, as PyTorch spells it.
+    """
 
     rank: int
     size: int
@@ -37,6 +41,8 @@ class RankSettings:
     numerics: str
     max_model_len: int | None
     threads: int
+    device: str = "cpu"
+    quantization: str | None = None
 
 
 def join(settings: RankSettings, on_found: Callable[[], None] = lambda: None) -> tuple[Decoder, RankGroup]:
@@ -51,13 +57,17 @@ def join(settings: RankSettings, on_found: Callable[[], None] = lambda: None) ->
     folder = resolve_model(settings.model)
     store = find_store(settings.host, settings.port)
     on_found()
-    ranks = RankGroup(store, settings.rank, settings.size, host=settings.host)
+    device = torch.device(settings.device)
+    take_device(device)
+    ranks = RankGroup(store, settings.rank, settings.size, host=settings.host, device=device)
     decoder = load_decoder(
         folder,
         dtype=settings.dtype,
         numerics=Numerics(settings.numerics),
         max_model_len=settings.max_model_len,
         ranks=ranks,
+        device=device,
+        quantization=settings.quantization,
     )
     return decoder, ranks
 

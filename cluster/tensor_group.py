@@ -15,6 +15,7 @@ from outrider.cluster.child import Child
 from outrider.cluster.interruption import uninterrupted
 from outrider.cluster.target_rank import RankSettings
 from outrider.models.config import load_config
+from outrider.models.device import CPU, check_devices, device_of
 from outrider.models.loader import load_model
 from outrider.models.numerics import Numerics
 from outrider.models.parallel import LOOPBACK, RankGroup, open_store
@@ -29,21 +30,32 @@ STOP_SECONDS = 3.0
 class LocalRanks:
     """A target of ``size`` ranks: rank 0 in this process, the others in children of it.
 
-    Each has its share of PyTorch's threads, this process too, until ``close``. A rank that ends before
+    Each has its share of PyTorch's threads, this process too, until ``close``, and on CUDA a device of its
+    own, this process the first that it sees. A rank that ends before
     makes every later forward fail; the others end by themselves, as they do when this process ends.
 
     model: as for ``load_model``, whose decoder is only rank 0's part. leader: runs all of them.
 
     Raises:
-        InvalidConfigError: the network cannot be divided by ``size``, or as for ``load_model``.
+        InvalidConfigError: the network cannot be divided by ``size``, there are fewer devices, or as for
+            ``load_model``.
         ModelError: it cannot be loaded.
         WorkerError: a rank could not start.
         TargetGroupError: a rank ended while it loaded its part; the message holds what it said.
     """
 
     def __init__(
-        self, model: str, size: int, *, dtype: str, numerics: Numerics, max_model_len: int | None
+        self,
+        model: str,
+        size: int,
+        *,
+        dtype: str,
+        numerics: Numerics,
+        max_model_len: int | None,
+        device: torch.device = CPU,
+        quantization: str | None = None,
     ) -> None:
+        check_devices(size, device)
         folder = resolve_model(model)
         # What every rank would refuse is refused before one is started.
         check_divisible(load_config(folder), size)
@@ -55,15 +67,22 @@ class LocalRanks:
         store = open_store()
         settings = RankSettings(
             rank=0, size=size, host=LOOPBACK, port=store.port, model=str(folder), dtype=dtype,
-            numerics=str(numerics), max_model_len=max_model_len, threads=share,
+            numerics=str(numerics), max_model_len=max_model_len, threads=share, device=str(device),
+            quantization=quantization,
         )  # fmt: skip
         try:
-            self._start_others(settings)
-            self._ranks = RankGroup(store, 0, size, grace=GRACE_SECONDS)
+            self._start_others(settings, device)
+            self._ranks = RankGroup(store, 0, size, device=device, grace=GRACE_SECONDS)
             self._watch_others(self._ranks)
             torch.set_num_threads(share)
             self.model = load_model(
-                str(folder), dtype=dtype, numerics=numerics, max_model_len=max_model_len, ranks=self._ranks
+                str(folder),
+                dtype=dtype,
+                numerics=numerics,
+                max_model_len=max_model_len,
+                ranks=self._ranks,
+                device=device,
+                quantization=quantization,
             )
             self.leader = TargetLeader(self.model.decoder, self._ranks)
         except BaseException:
@@ -101,10 +120,11 @@ class LocalRanks:
             torch.set_num_threads(self._threads)
         self._children = []
 
-    def _start_others(self, settings: RankSettings) -> None:
+    def _start_others(self, settings: RankSettings, first: torch.device) -> None:
         for rank in range(1, settings.size):
+            own = {"rank": rank, "device": str(device_of(rank, first))}
             with uninterrupted():
-                self._children.append(_started({**asdict(settings), "rank": rank}))
+                self._children.append(_started({**asdict(settings), **own}))
                 self._children[-1].listen()
         for rank, child in enumerate(self._children, 1):
             child.first_line(f"rank {rank} of the tensor-parallel target")

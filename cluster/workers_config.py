@@ -7,6 +7,8 @@ from typing import Any
 from outrider.cluster.nearest import refuse_unknown
 from outrider.speculation.errors import InvalidConfigError
 
+MAX_PER_REQUEST = 8
+"""Every further one is less likely to know what none of the others does, and costs as much."""
 MAX_LOCAL_WORKERS = 64
 """More are a mistake, such as a port in place of the number: each has a model in memory."""
 
@@ -18,6 +20,7 @@ class WorkersConfig:
     count: of local workers. threads, max_sessions: of each local worker.
     addresses: host:port of running ones; none are started then.
     required: whether one of them must be in reach at the start; if not, there may be none yet.
+    per_request: how many of the workers draft for a request at once.
     tls_ca, tls_certificate, tls_key: PEM files for reaching them; TLS is off without any.
     """
 
@@ -26,6 +29,7 @@ class WorkersConfig:
     max_sessions: int = 16
     addresses: tuple[str, ...] = ()
     required: bool = True
+    per_request: int = 1
     tls_ca: str | None = None
     tls_certificate: str | None = None
     tls_key: str | None = None
@@ -34,6 +38,13 @@ class WorkersConfig:
     def is_local(self) -> bool:
         """Whether workers are to be started on this machine."""
         return not self.addresses and self.required
+
+    @property
+    def _known_workers(self) -> int | None:
+        """How many there are; None if more may come."""
+        if not self.required:
+            return None
+        return self.count if self.is_local else len(self.addresses)
 
     @classmethod
     def parse(cls, value: Any) -> "WorkersConfig":
@@ -64,7 +75,7 @@ class WorkersConfig:
         return cls(count=int(number) if colon else 1)._checked()
 
     def _checked(self) -> "WorkersConfig":
-        for name in ("count", "threads", "max_sessions"):
+        for name in ("count", "threads", "max_sessions", "per_request"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidConfigError(
@@ -73,6 +84,12 @@ class WorkersConfig:
         if self.count > MAX_LOCAL_WORKERS:
             raise InvalidConfigError(
                 f"speculative_config.workers: count must be at most {MAX_LOCAL_WORKERS}, not {self.count}"
+            )
+        most = min(MAX_PER_REQUEST, self._known_workers or MAX_PER_REQUEST)
+        if self.per_request > most:
+            raise InvalidConfigError(
+                f"speculative_config.workers: per_request must be at most {most}"
+                f"{', the number of workers' if most < MAX_PER_REQUEST else ''}, not {self.per_request}"
             )
         if not isinstance(self.required, bool):
             raise InvalidConfigError(

@@ -1,4 +1,4 @@
-"""Counter-based noise and the exponential race: the plain PyTorch reference.
+"""Counter-based noise and the exponential race: plain PyTorch on CPU, Triton's kernels on devices.
 
 ``argmin(E / p)`` with independent unit exponentials E is an exact draw from p, the same
 one as ``argmax(log p + gumbel)`` with ``gumbel = -log E`` (Maddison, Tarlow and Minka,
@@ -12,6 +12,9 @@ position), indexed by the token; the multipliers are David Stafford's "Mix13".
 
 Shapes: R rows, V vocabulary.
 """
+
+from functools import cache
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -70,9 +73,12 @@ def exponential_noise(base: torch.Tensor, gamma: torch.Tensor, vocab_size: int) 
         of one of 2**32 equal intervals. Computed in float64 and then rounded, so that the
         last ulp of a library's logarithm does not show.
     """
+    if on_device(base):
+        noise: torch.Tensor = _kernels().exponential_noise(base, gamma, vocab_size)
+        return noise
     rows = len(base)
-    noise = torch.empty(rows, vocab_size, device=base.device)
-    step = max(1, _BLOCK // vocab_size) if base.device.type == "cpu" else max(1, rows)
+    noise = torch.empty(rows, vocab_size)
+    step = max(1, _BLOCK // vocab_size)
     for start in range(0, rows, step):
         block = slice(start, start + step)
         # Rounds to float32.
@@ -101,13 +107,33 @@ def first_largest(values: torch.Tensor) -> torch.Tensor:
     return values.argmax(dim=-1)
 
 
-def draw(probs: torch.Tensor, base: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    """The winner int64 ``[R]`` of each row's race against the noise of its own stream.
+def draw(
+    probs: torch.Tensor, base: torch.Tensor, gamma: torch.Tensor, streams: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The winner int64 ``[R]`` of each row's race against the noise of its stream.
 
-    probs: float ``[R, V]``, as for ``exponential_race``. base, gamma: int64 ``[R]``, as for
-    ``exponential_noise``.
+    probs: float ``[R, V]``, as for ``exponential_race``. base, gamma: int64 ``[S]``, as for
+    ``exponential_noise``. streams: int64 ``[R]``, which of these is each row's; None: each has its own.
     """
-    return exponential_race(probs, exponential_noise(base, gamma, probs.shape[1]))
+    if on_device(probs):
+        # Nothing is gained there by making the noise of rows that share a stream once.
+        keys = (base, gamma) if streams is None else (base[streams], gamma[streams])
+        winners: torch.Tensor = _kernels().draw(probs, *keys)
+        return winners
+    noise = exponential_noise(base, gamma, probs.shape[1])
+    return exponential_race(probs, noise if streams is None else noise[streams])
+
+
+def on_device(x: torch.Tensor) -> bool:
+    """Whether Triton's kernels work on this."""
+    return not x.is_cpu
+
+
+@cache
+def _kernels() -> ModuleType:
+    from outrider.kernels.gpu import gumbel
+
+    return gumbel
 
 
 def _minus_exponentials(base: torch.Tensor, gamma: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -49,25 +49,26 @@ class Linear:
     """``x @ weight.T + bias``; weight ``[out, in]``, x ``[rows, in]`` contiguous, result ``[rows, out]``.
 
     packed: the weights stand in a layout of their own, and the given tensor is not kept.
+    native: the native kernel's, or None.
     """
 
-    __slots__ = ("_bias", "_dtype", "_native", "_weight", "packed", "shape")
+    __slots__ = ("_bias", "_dtype", "_weight", "native", "packed", "shape")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
         self._dtype, self._bias = weight.dtype, bias
-        self._native = library.pack(weight, bias)
-        self._weight = weight if self._native is None else weight.new_empty(0)
-        self.packed = self._native is not None
+        self.native = library.pack(weight, bias)
+        self._weight = weight if self.native is None else weight.new_empty(0)
+        self.packed = self.native is not None
         if not self.packed and can_pack_with_onednn(weight):
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
             self.packed = True
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        native = self._native
+        native = self.native
         if native is not None:
             outs, ins = self.shape
-            rows = len(x)
+            rows = x.shape[0]
             # The kernel gets bare addresses.
             if x.shape != (rows, ins) or x.dtype is not self._dtype or not x.is_cpu:
                 raise ValueError(f"{x.dtype} {tuple(x.shape)} for {self._dtype} weights {self.shape}")
@@ -76,6 +77,10 @@ class Linear:
             y = x.new_empty((rows, outs))
             native(x.data_ptr(), y.data_ptr(), rows, torch.get_num_threads())
             return y
+        return self._plain(x)
+
+    def _plain(self, x: torch.Tensor) -> torch.Tensor:
+        """Without the native kernel."""
         if self.packed:
             result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
                 x, self._weight, self._bias, "none", [], ""

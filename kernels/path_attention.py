@@ -55,24 +55,29 @@ class PathAttention:
         shape: tuple[int, int, int],
         block: int,
     ) -> None:
-        rows = len(keys.seen)
+        self.rows = len(keys.seen)
         # What addresses are taken of must live as long as they are used.
         self._held = keys, turns, slots
         self._native = native
-        self._sizes = (rows, *shape, block)
-        self._turns = turns.data_ptr()
-        self._slots = slots.data_ptr()
-        self._keys = tuple(
-            each.ctypes.data
-            for each in (
-                keys.tables,
-                keys.table_starts,
-                keys.first,
-                keys.seen,
-                keys.nodes,
-                keys.node_starts,
-            )
+        self.described = (
+            self.rows,
+            *shape,
+            block,
+            turns.data_ptr(),
+            slots.data_ptr(),
+            *(
+                each.ctypes.data
+                for each in (
+                    keys.tables,
+                    keys.table_starts,
+                    keys.first,
+                    keys.seen,
+                    keys.nodes,
+                    keys.node_starts,
+                )
+            ),
         )
+        """What every layer's call begins with."""
 
     def __call__(
         self,
@@ -88,14 +93,11 @@ class PathAttention:
         filled in place.
         """
         self._native.attend(
+            *self.described,
             library.KINDS[heads.dtype],
-            *self._sizes,
             heads.data_ptr(),
-            self._turns,
             0 if norm is None else norm.data_ptr(),
-            self._slots,
             pool.data_ptr(),
-            *self._keys,
             out.data_ptr(),
             torch.get_num_threads(),
             eps,

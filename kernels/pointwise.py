@@ -37,7 +37,7 @@ def rms_norm(
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) * up`` ``[rows, size]``; gate_up: ``[rows, 2 * size]``, contiguous."""
-    rows, size = len(gate_up), gate_up.shape[1] // 2
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     native = library.layers(gate_up)
     if native is None:
         return F.silu(gate_up[:, :size]).mul_(gate_up[:, size:])

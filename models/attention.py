@@ -5,7 +5,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from outrider.kernels.paged_attention import PagedPaths, TreeKeys
 from outrider.kernels.tree_attention import TreeAttention
+from outrider.models.block_pool import BLOCK
+from outrider.models.kernel_set import PagedKernels
 
 
 class Attention(Protocol):
@@ -60,3 +63,37 @@ class SharedAttention:
         torch.view_as_complex(pairs).mul_(self._rotation)
         pool.index_copy_(0, self._slots, heads[:, H:].view(rows, 2, G, D))
         self._attend(heads[:, :H].view(rows, G, Q, D), pool, out.view(rows, G, Q, D))
+
+
+class PagedAttention:
+    """On a device: one kernel norms, rotates and writes, others attend.
+
+    turns: complex64 ``[R, 2, D / 2]``, of queries (scaled by 1/sqrt(D)) and of keys.
+    slots: ``[R]``, where keys and values go.
+    """
+
+    def __init__(
+        self,
+        kernels: PagedKernels,
+        keys: PagedPaths | TreeKeys,
+        *,
+        turns: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        self._kernels, self._keys, self._turns, self._slots = kernels, keys, turns, slots
+
+    def __call__(
+        self,
+        heads: torch.Tensor,
+        norm: torch.Tensor | None,
+        eps: float,
+        pool: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """See ``Attention``."""
+        kernels, keys = self._kernels, self._keys
+        q = kernels.rotate_and_write(heads, norm, eps, self._turns, self._slots, pool)
+        if isinstance(keys, PagedPaths):
+            kernels.over_paths(q, pool, keys, BLOCK, out.view(q.shape))
+        else:
+            kernels.over_trees(q, pool, keys, BLOCK, out.view(q.shape))

@@ -6,20 +6,24 @@ committed positions up to its own and the nodes on its path.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from outrider.kernels.paged_attention import PagedPaths, TreeKeys
 from outrider.kernels.path_attention import PathKeys
 from outrider.kernels.tree_attention import STRIDE, TAIL, AttentionGroup
-from outrider.models.block_pool import BLOCK
+from outrider.models.block_pool import BLOCK, blocks_for
 from outrider.models.kv_cache import NULL_SLOT, KVSequence
 from outrider.models.numerics import RowClasses
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+Attended: TypeAlias = list[AttentionGroup] | PathKeys | TreeKeys | PagedPaths
+"""What rows attend, in the form that a decoder's attention takes; the last one stands on a device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,15 +58,14 @@ class Rows:
 class Batch:
     """Tensors of one forward of R rows, those of each sequence behind one another.
 
-    tokens, positions, slots: int64 ``[R]``.
-    attended: what the rows attend, in the form that the decoder's attention takes.
+    tokens, positions, slots: int64 ``[R]``; int32 on a device.
     logit_rows: the rows whose logits are wanted, ascending; a slice where they are consecutive.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
-    attended: list[AttentionGroup] | PathKeys
+    attended: Attended
     logit_rows: slice | torch.Tensor
 
 
@@ -75,22 +78,29 @@ def text_rows(sequence: KVSequence, tokens: IntArray, *, first_logit_row: int) -
         slots=sequence.slots(start, start + count),
         committed=start + count,
         paths=np.zeros((count, 0), np.bool_),
-        node_positions=np.zeros(0, np.int64),
-        node_slots=np.zeros(0, np.int64),
+        node_positions=_NONE,
+        node_slots=_NONE,
         table=sequence.table,
         first_logit_row=first_logit_row,
     )
 
 
 def tree_rows(
-    sequence: KVSequence, text: IntArray, tokens: IntArray, depths: IntArray, ancestors: BoolArray
+    sequence: KVSequence,
+    text: IntArray,
+    tokens: IntArray,
+    depths: IntArray,
+    ancestors: BoolArray,
+    *,
+    text_logits: int = 0,
 ) -> Rows:
     """The committed tokens ``text`` that are not cached yet, the last being the tree's root, then its nodes.
 
-    The nodes' KV goes where the following positions' would. Logits are the root's and the nodes'.
+    The nodes' KV goes where the following positions' would. Logits are the root's and the nodes', and
+    before them those of the last ``text_logits`` tokens above the root.
     """
     if not len(tokens):
-        return text_rows(sequence, text, first_logit_row=len(text) - 1)
+        return text_rows(sequence, text, first_logit_row=len(text) - 1 - text_logits)
     start, known, nodes = sequence.length, len(text), len(tokens)
     root = start + known - 1
     slots = sequence.slots(start, root + 1 + nodes)
@@ -105,7 +115,7 @@ def tree_rows(
         node_positions=root + depths,
         node_slots=slots[known:],
         table=sequence.table,
-        first_logit_row=known - 1,
+        first_logit_row=known - 1 - text_logits,
     )
 
 
@@ -117,12 +127,18 @@ def make_batch(
     window: of the positions up to its own a row attends the last so many; None: all.
     """
     *offsets, _ = accumulate((len(part.tokens) for part in parts), initial=0)
-    by_path = classes.by_path
+    attended: Attended
+    if classes.by_path:
+        attended = _path_keys(parts, window)
+    elif classes.by_tree:
+        attended = _tree_keys(parts, window)
+    else:
+        attended = _groups(parts, offsets, classes, dtype)
     return Batch(
         tokens=_joined([part.tokens for part in parts]),
         positions=_joined([part.positions for part in parts]),
         slots=_joined([part.slots for part in parts]),
-        attended=_path_keys(parts, window) if by_path else _groups(parts, offsets, classes, dtype),
+        attended=attended,
         logit_rows=_logit_rows(parts, offsets),
     )
 
@@ -134,12 +150,9 @@ def _joined(arrays: Sequence[IntArray]) -> torch.Tensor:
 def _path_keys(parts: Sequence[Rows], window: int | None) -> PathKeys:
     """Positions through the parts' tables, then the paths' nodes in the order of their positions."""
     counts = [len(part.tokens) for part in parts]
-    positions = np.concatenate([part.positions for part in parts])
-    last = np.repeat([part.committed - 1 for part in parts], counts)
-    seen = np.minimum(positions, last) + 1
-    before = np.zeros_like(positions) if window is None else np.maximum(0, positions - window + 1)
+    seen, before = _seen(parts, counts, window)
     nodes, lengths = _path_nodes(parts, counts, before)
-    tables = [part.table for part in parts]
+    tables = _tables(parts)
     return PathKeys(
         tables=np.concatenate(tables),
         table_starts=np.repeat(_ends(tables)[:-1], counts),
@@ -150,7 +163,46 @@ def _path_keys(parts: Sequence[Rows], window: int | None) -> PathKeys:
     )
 
 
+def _seen(parts: Sequence[Rows], counts: Sequence[int], window: int | None) -> tuple[IntArray, IntArray]:
+    """int64 ``[R]`` each: where the text ends that a row sees, and positions its window has left behind."""
+    positions = np.concatenate([part.positions for part in parts])
+    last = np.repeat([part.committed - 1 for part in parts], counts)
+    before = np.zeros_like(positions) if window is None else np.maximum(0, positions - window + 1)
+    return np.minimum(positions, last) + 1, before
+
+
+def _tables(parts: Sequence[Rows]) -> list[IntArray]:
+    """The blocks of the parts' texts."""
+    return [part.table[: blocks_for(part.committed)] for part in parts]
+
+
+def _tree_keys(parts: Sequence[Rows], window: int | None) -> TreeKeys:
+    """The parts' texts and nodes, and who sees which of them."""
+    counts = [len(part.tokens) for part in parts]
+    seen, before = _seen(parts, counts, window)
+    tables, nodes = _tables(parts), [part.node_slots for part in parts]
+    words = max(1, -(-max(map(len, nodes)) // 32))
+    ancestors = np.zeros((len(seen), 4 * words), np.uint8)
+    for part, start, count in zip(parts, accumulate(counts, initial=0), counts, strict=False):
+        rows = slice(start, start + count)
+        visible = part.paths & (part.node_positions >= before[rows, None])
+        bits = np.packbits(visible, axis=1, bitorder="little")
+        ancestors[rows, : bits.shape[1]] = bits
+    return TreeKeys(
+        row_starts=torch.from_numpy(np.cumsum([0, *counts])),
+        tables=torch.from_numpy(np.concatenate(tables)),
+        table_starts=torch.from_numpy(_ends(tables)[:-1]),
+        first=torch.from_numpy(np.minimum(before, seen)),
+        seen=torch.from_numpy(seen),
+        node_slots=torch.from_numpy(np.concatenate(nodes)),
+        node_starts=torch.from_numpy(_ends(nodes)),
+        ancestors=torch.from_numpy(ancestors.view(np.int32)),
+        longest=int(seen.max()),
+    )
+
+
 _ZERO: IntArray = np.zeros(1, np.int64)
+_NONE: IntArray = np.zeros(0, np.int64)
 
 
 def _path_nodes(parts: Sequence[Rows], counts: Sequence[int], before: IntArray) -> tuple[IntArray, IntArray]:
@@ -158,7 +210,7 @@ def _path_nodes(parts: Sequence[Rows], counts: Sequence[int], before: IntArray) 
 
     before: int64 ``[R]``, positions that a row's window has left behind.
     """
-    nodes: list[IntArray] = [_ZERO[:0]]
+    nodes = [_NONE]
     lengths = np.zeros(len(before), np.int64)
     for part, start, count in zip(parts, accumulate(counts, initial=0), counts, strict=False):
         if not part.paths.shape[1]:
@@ -194,16 +246,16 @@ def _shifted(group: AttentionGroup, offset: int) -> AttentionGroup:
 
 
 def _logit_rows(parts: Sequence[Rows], offsets: Sequence[int]) -> slice | torch.Tensor:
-    wanted = np.concatenate(
-        [
-            np.arange(offset + part.first_logit_row, offset + len(part.tokens))
-            for part, offset in zip(parts, offsets, strict=True)
-        ]
-    )
-    if not len(wanted):
+    ranges = [
+        (offset + part.first_logit_row, offset + len(part.tokens))
+        for part, offset in zip(parts, offsets, strict=True)
+        if part.first_logit_row < len(part.tokens)
+    ]
+    if not ranges:
         return slice(0, 0)
-    first, stop = int(wanted[0]), int(wanted[-1]) + 1
-    return slice(first, stop) if len(wanted) == stop - first else torch.from_numpy(wanted)
+    if all(stop == start for (_, stop), (start, _) in pairwise(ranges)):
+        return slice(ranges[0][0], ranges[-1][1])
+    return torch.from_numpy(np.concatenate([np.arange(*each) for each in ranges]))
 
 
 def _canonical_groups(rows: Rows, classes: RowClasses, dtype: torch.dtype) -> list[AttentionGroup]:

@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 BLOCK = 32
 """Slots of a block."""
+NO_BLOCK = 0
+"""In place of a block that is not there."""
 
 
 def blocks_for(slots: int) -> int:
@@ -79,13 +81,8 @@ class BlockPool:
             self._keys[block] = key
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
-        """The published blocks of the longest run of these keys, from the first on."""
-        found = []
-        for key in keys:
-            if key not in self._published:
-                break
-            found.append(self._published[key])
-        return found
+        """The blocks published under these keys, ``NO_BLOCK`` where there is none."""
+        return [self._published.get(key, NO_BLOCK) for key in keys]
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Asserts that the blocks in use are those of these tables, as often as they stand there."""

@@ -11,7 +11,9 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,21 @@ def inflate(
     _copy_text_files(source, out)
     _write_config(source, out, depth)
     return load_config(out)
+
+
+@contextmanager
+def inflated(source: Path, parameters: int | None) -> Iterator[Path]:
+    """A folder with the model of so many parameters, for as long as it is needed; see ``inflate``.
+
+    parameters: None leaves the model as it is.
+    """
+    if parameters is None:
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix="outrider-inflated-") as folder:
+        out = Path(folder) / source.name
+        inflate(source, out, parameters=parameters)
+        yield out
 
 
 def count_parameters(config: ModelConfig, checkpoint: Checkpoint) -> int:

@@ -14,7 +14,9 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.kv_move import kv_move
-from outrider.models.block_pool import BLOCK, BlockPool, blocks_for, next_key
+from outrider.models.block_pool import BLOCK, NO_BLOCK, BlockPool, blocks_for, next_key
+from outrider.models.device import CPU
+from outrider.models.kernel_set import KVMove
 from outrider.speculation.errors import OutOfBlocksError
 
 NULL_SLOT = 0
@@ -28,6 +30,8 @@ class KVCache:
 
     numerics: how entries are computed; part of what published blocks are known by.
     prefix_caching: whether sequences publish what others may begin with.
+    window: of the positions up to its own a row attends the last so many; None: all.
+    move: what copies entries on this device; see ``KernelSet``.
     """
 
     def __init__(
@@ -40,13 +44,24 @@ class KVCache:
         dtype: torch.dtype,
         numerics: str = "",
         prefix_caching: bool = True,
+        window: int | None = None,
+        device: torch.device = CPU,
+        move: KVMove = kv_move,
     ) -> None:
-        self.pool = torch.zeros(layers, (num_blocks + 1) * BLOCK, 2, kv_heads, head_dim, dtype=dtype)
+        self.pool = torch.zeros(
+            layers, (num_blocks + 1) * BLOCK, 2, kv_heads, head_dim, dtype=dtype, device=device
+        )
         self.layers = list(self.pool)
         self.blocks = BlockPool(num_blocks)
         self.first_key, self.prefix_caching = numerics.encode(), prefix_caching
-        self.move: Callable[[torch.Tensor, torch.Tensor], None] = partial(kv_move, self.pool)
+        self._window = window
+        self.move: Callable[[torch.Tensor, torch.Tensor], None] = partial(move, self.pool)
         """Copies entries from slots to slots; where others hold parts of them, these have to do it too."""
+
+    def blocks_behind(self, length: int) -> int:
+        """First blocks of a text of ``length`` cached tokens that no later row attends."""
+        # Of the last token, too, which a draft session may take back.
+        return 0 if self._window is None else max(0, length - self._window) // BLOCK
 
     def check(self, tables: list[list[int]]) -> None:
         """Asserts that nothing leaked beyond these sequences' tables and the null slot is still zero."""
@@ -62,21 +77,23 @@ class KVSequence:
     """One request's part of the pool.
 
     length: positions ``[0, length)`` hold the KV of committed tokens; what lies in the reserved
-    slots behind them is speculative.
+    slots behind them is speculative. Blocks that the model's window has left behind are given back.
     """
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
         self._blocks: list[int] = []
+        self._behind = 0
+        """How many first ones are ``NO_BLOCK``."""
         self.table: IntArray = np.zeros(0, np.int64)
-        """Its blocks."""
+        """Block of each 32 positions; ``NO_BLOCK`` behind the window."""
         self.length = 0
         self._keys = [cache.first_key]
 
     @property
     def blocks(self) -> list[int]:
-        """Its blocks, in the order of positions."""
-        return self._blocks
+        """The blocks that it holds, in the order of positions."""
+        return self._blocks[self._behind :]
 
     @property
     def room(self) -> int:
@@ -90,11 +107,16 @@ class KVSequence:
             new = self._cache.blocks.allocate(missing)
             if new is None:
                 return False
-            self._hold(self._blocks + new)
+            self._hold(self._blocks + new, self._behind)
         return True
 
     def slots(self, start: int, stop: int) -> IntArray:
         """Slots of the positions ``[start, stop)``."""
+        block, offset = divmod(start, BLOCK)
+        if offset + stop - start <= BLOCK and block < len(self._blocks):
+            # One block, as most often: its slots are consecutive.
+            first = self._blocks[block] * BLOCK + offset
+            return np.arange(first, first + stop - start)
         positions = np.arange(start, stop)
         slots: IntArray = self.table[positions // BLOCK] * BLOCK + positions % BLOCK
         return slots
@@ -112,38 +134,54 @@ class KVSequence:
         used = blocks_for(self.length)
         if used < len(self._blocks):
             self._cache.blocks.release(self._blocks[used:])
-            self._hold(self._blocks[:used])
+            self._hold(self._blocks[:used], self._behind)
 
     def publish(self, tokens: IntArray) -> None:
-        """Lets others find the full blocks. tokens: int64, the committed text or its beginning."""
-        if not self._cache.prefix_caching:
-            return
-        for index in range(len(self._keys) - 1, min(self.length, len(tokens)) // BLOCK):
-            key = next_key(self._keys[-1], tokens[index * BLOCK : (index + 1) * BLOCK])
-            self._keys.append(key)
-            self._cache.blocks.publish(self._blocks[index], key)
+        """Lets others find the full blocks, then gives back those that the window has left behind.
+
+        tokens: int64, the committed text or its beginning.
+        """
+        if self._cache.prefix_caching:
+            for index in range(len(self._keys) - 1, min(self.length, len(tokens)) // BLOCK):
+                key = next_key(self._keys[-1], tokens[index * BLOCK : (index + 1) * BLOCK])
+                self._keys.append(key)
+                self._cache.blocks.publish(self._blocks[index], key)
+        behind = self._cache.blocks_behind(self.length)
+        if behind > self._behind:
+            self._cache.blocks.release(self._blocks[self._behind : behind])
+            self._hold([NO_BLOCK] * behind + self._blocks[behind:], behind)
 
     def adopt(self, tokens: IntArray) -> None:
-        """Begins, still empty, with what published blocks hold of ``tokens`` (int64 ``[n]``)."""
+        """Begins, still empty, with what published blocks hold of ``tokens`` (int64 ``[n]``).
+
+        That is as many first tokens as have, of their blocks, all that later rows attend.
+        """
         whole = len(tokens) // BLOCK
         keys = [self._cache.first_key]
         for index in range(whole):
             keys.append(next_key(keys[-1], tokens[index * BLOCK : (index + 1) * BLOCK]))
         found = self._cache.blocks.find(keys[1:])
-        self._cache.blocks.share(found)
-        self._hold(found)
-        self._keys = keys[: len(found) + 1]
-        self.length = len(found) * BLOCK
+        count, behind = self._usable(found)
+        self._cache.blocks.share(found[behind:count])
+        self._hold([NO_BLOCK] * behind + found[behind:count], behind)
+        self._keys = keys[: count + 1]
+        self.length = count * BLOCK
+
+    def can_fork(self, length: int) -> bool:
+        """Whether it still holds all that rows behind the first ``length`` positions attend."""
+        return self._cache.blocks_behind(length) >= self._behind
 
     def fork(self, length: int) -> "KVSequence | None":
         """A sequence that begins with the first ``length`` positions; None without a block for it.
 
-        Full blocks are shared, the rest of the last one is copied.
+        Full blocks are shared, the rest of the last one is copied. See ``can_fork``.
         """
+        assert self.can_fork(length), f"the window has left the end of {length} positions behind"
         whole, rest = divmod(length, BLOCK)
         child = KVSequence(self._cache)
-        self._cache.blocks.share(self._blocks[:whole])
-        child._hold(self._blocks[:whole])
+        behind = self._cache.blocks_behind(length)
+        self._cache.blocks.share(self._blocks[behind:whole])
+        child._hold([NO_BLOCK] * behind + self._blocks[behind:whole], behind)
         if rest and not child.reserve(length):
             child.close()
             return None
@@ -157,12 +195,22 @@ class KVSequence:
 
     def close(self) -> None:
         """Gives the blocks back."""
-        self._cache.blocks.release(self._blocks)
-        self._hold([])
+        self._cache.blocks.release(self.blocks)
+        self._hold([], 0)
         self.length = 0
 
-    def _hold(self, blocks: list[int]) -> None:
-        self._blocks = blocks
+    def _usable(self, blocks: list[int]) -> tuple[int, int]:
+        """How many first blocks of a text to begin with, and how many of these no later row attends."""
+        best, together = (0, 0), 0
+        for count, block in enumerate(blocks, 1):
+            together = 0 if block == NO_BLOCK else together + 1
+            behind = self._cache.blocks_behind(count * BLOCK)
+            if together >= count - behind:
+                best = count, behind
+        return best
+
+    def _hold(self, blocks: list[int], behind: int) -> None:
+        self._blocks, self._behind = blocks, behind
         self.table = np.array(blocks, np.int64)
 
 

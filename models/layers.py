@@ -7,22 +7,32 @@ halves that rotate together are interleaved, so that rotation is one complex pro
 
 import torch
 
+from outrider.kernels.layer_stack import LayerWeights
 from outrider.kernels.linear import Linear
-from outrider.kernels.pointwise import rms_norm, silu_mul
 from outrider.models.attention import Attention
+from outrider.models.kernel_set import KernelSet
+from outrider.models.quantization import MakeLinear
 from outrider.models.sharding import Shard
 from outrider.models.weights import Checkpoint
 
 
 class BlockReader:
-    """Reads the tensors of one block in the engine's dtype."""
+    """Reads the tensors of one block in the engine's dtype, to where it computes."""
 
-    def __init__(self, checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> None:
-        self._checkpoint, self._dtype = checkpoint, dtype
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        index: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        make_linear: MakeLinear,
+    ) -> None:
+        self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
+        self._make_linear = make_linear
         self._prefix = f"model.layers.{index}."
 
     def vector(self, name: str, size: int, rows: slice | None = None) -> torch.Tensor:
-        return self._checkpoint.tensor(f"{self._prefix}{name}", (size,), rows=rows).to(self._dtype)
+        return self._here(self._checkpoint.tensor(f"{self._prefix}{name}", (size,), rows=rows))
 
     def linear(
         self,
@@ -38,10 +48,10 @@ class BlockReader:
         for name in names:
             full_name = f"{self._prefix}{name}.weight"
             weight = self._checkpoint.tensor(full_name, shape, rows=rows, columns=columns)
-            weights.append(weight.to(self._dtype))
+            weights.append(self._here(weight))
             if bias:
                 biases.append(self.vector(f"{name}.bias", shape[0], rows))
-        return Linear(torch.cat(weights), torch.cat(biases) if bias else None)
+        return self._make_linear(torch.cat(weights), torch.cat(biases) if bias else None)
 
     def rotary_linear(self, shard: Shard) -> Linear:
         """Queries, keys and values stacked, with the rotating halves of each head interleaved."""
@@ -54,12 +64,15 @@ class BlockReader:
         weights, biases = [], []
         for kind, size, rows in parts:
             name = f"{self._prefix}self_attn.{kind}_proj.weight"
-            weight = self._checkpoint.tensor(name, (size, config.hidden_size), rows=rows).to(self._dtype)
+            weight = self._here(self._checkpoint.tensor(name, (size, config.hidden_size), rows=rows))
             weights.append(weight if kind == "v" else interleave(weight, D))
             if config.qkv_bias:
                 bias = self.vector(f"self_attn.{kind}_proj.bias", size, rows)
                 biases.append(bias if kind == "v" else interleave(bias, D))
-        return Linear(torch.cat(weights), torch.cat(biases) if biases else None)
+        return self._make_linear(torch.cat(weights), torch.cat(biases) if biases else None)
+
+    def _here(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device, self._dtype)
 
 
 def interleave(x: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -71,9 +84,20 @@ def interleave(x: torch.Tensor, head_dim: int) -> torch.Tensor:
 class Block:
     """Attention and feed-forward of one layer."""
 
-    def __init__(self, shard: Shard, checkpoint: Checkpoint, index: int, dtype: torch.dtype) -> None:
-        reader = BlockReader(checkpoint, index, dtype)
+    def __init__(
+        self,
+        shard: Shard,
+        checkpoint: Checkpoint,
+        index: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: KernelSet,
+        make_linear: MakeLinear,
+    ) -> None:
+        reader = BlockReader(checkpoint, index, dtype, device, make_linear)
         config = shard.whole
+        self._rms_norm, self._silu_mul = kernels.rms_norm, kernels.silu_mul
         hidden, inner, D = config.hidden_size, config.intermediate_size, config.head_dim
         self.ranks, self.eps = shard.ranks, config.rms_norm_eps
         self.attention_dtype = torch.promote_types(dtype, torch.float32)
@@ -102,6 +126,18 @@ class Block:
     def linears(self) -> tuple[Linear, ...]:
         return self.qkv, self.output, self.gate_up, self.down
 
+    @property
+    def weights(self) -> LayerWeights:
+        return LayerWeights(
+            input_norm=self.input_norm,
+            qkv=self.qkv,
+            qk_norm=self.qk_norm,
+            output=self.output,
+            post_norm=self.post_norm,
+            gate_up=self.gate_up,
+            down=self.down,
+        )
+
     def _qk_norm(self, reader: BlockReader) -> torch.Tensor:
         """Norm weights of all query and key heads ``[H + G, D]``, interleaved like them."""
         q = interleave(reader.vector("self_attn.q_norm.weight", self.D), self.D)
@@ -121,7 +157,8 @@ class Block:
         add: what the block before left to be added; goes into ``x`` in place, as does attention.
         pool: ``[N, 2, G, D]``. attended: ``[R, H * D]``, a buffer.
         """
-        heads = self.qkv(rms_norm(x, self.input_norm, self.eps, add))
+        heads = self.qkv(self._rms_norm(x, self.input_norm, self.eps, add))
         attention(heads, self.qk_norm, self.eps, pool, attended)
-        normed = rms_norm(x, self.post_norm, self.eps, self.ranks.sum(self.output(attended)))
-        return self.ranks.sum(self.down(silu_mul(self.gate_up(normed))))
+        add = self.ranks.sum(self.output(attended))
+        inner = self._silu_mul(self.gate_up(self._rms_norm(x, self.post_norm, self.eps, add)))
+        return self.ranks.sum(self.down(inner))

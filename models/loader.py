@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from outrider.models.config import ModelConfig, load_config
 from outrider.models.decoder import Decoder
 from outrider.models.decoder_loader import load_decoder
+from outrider.models.device import CPU
 from outrider.models.numerics import Numerics
 from outrider.models.parallel import ALONE, TensorParallel
 from outrider.models.resolve import resolve_model
@@ -41,19 +44,32 @@ def load_model(
     numerics: Numerics,
     max_model_len: int | None,
     ranks: TensorParallel = ALONE,
+    device: torch.device = CPU,
+    quantization: str | None = None,
 ) -> LoadedModel:
     """Loads an unmodified Hugging Face folder or hub id.
 
-    dtype: ``float32``, ``bfloat16``, ``float64`` or ``auto``, the one the weights are saved in.
+    dtype: ``float32``, ``bfloat16``, ``float64`` or ``auto``, the one the weights are saved in (float16:
+        float32 on CPU).
     max_model_len: tokens of the longest sequence; None takes the model's own limit.
     ranks: those that load the other parts of it at the same time.
+    device: see ``choose_device``.
+    quantization: ``int8`` quantises the weights of linear layers, for drafters; None leaves them.
 
     Raises:
         ModelError: see the errors of ``resolve_model``, ``load_config`` and ``Checkpoint``.
-        InvalidConfigError: ``dtype`` or ``max_model_len`` is not possible for this model.
+        InvalidConfigError: ``dtype``, ``max_model_len`` or ``quantization`` is not possible for this model.
     """
     folder = resolve_model(name_or_path)
-    decoder = load_decoder(folder, dtype=dtype, numerics=numerics, max_model_len=max_model_len, ranks=ranks)
+    decoder = load_decoder(
+        folder,
+        dtype=dtype,
+        numerics=numerics,
+        max_model_len=max_model_len,
+        ranks=ranks,
+        device=device,
+        quantization=quantization,
+    )
     config = decoder.shard.whole
     return LoadedModel(folder=folder, config=config, decoder=decoder, tokenizer=Tokenizer.load(folder))
 

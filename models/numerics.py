@@ -17,7 +17,9 @@ from outrider.models.parallel import TensorParallel
 from outrider.speculation.errors import ModelError
 
 MAX_ROWS = 64
-"""Rows of the largest forward; longer prompts go in chunks."""
+"""Rows of the largest forward; longer prompts go in chunks. Classes are probed for no more."""
+MAX_DEVICE_ROWS = 2048
+"""The same on a device with ``fast``, where nothing has to be probed."""
 MAX_TAIL = 256
 """Nodes that rows of one sequence may attend together; draft trees hold no more."""
 QUANTA = (1, 2, 4, 8, 16, 32, MAX_ROWS)
@@ -38,12 +40,19 @@ class RowClasses:
     """Quanta of rows for linear layers and for attention's products over shared keys.
 
     by_path: attention goes through each row's path by itself and needs no class.
+    by_tree: it reads what a sequence's rows share once, with a bitmask of each row's nodes.
     """
 
     canonical: bool
     linear: int = 1
     attention: int = 1
     by_path: bool = False
+    by_tree: bool = False
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the largest forward."""
+        return MAX_DEVICE_ROWS if self.by_tree else MAX_ROWS
 
     def linear_rows(self, rows: int) -> int:
         return -(-rows // self.linear) * self.linear
@@ -86,12 +95,15 @@ def probe(
     dtype: torch.dtype,
     attention_dtype: torch.dtype,
     by_path: bool,
+    device: torch.device,
 ) -> RowClasses:
     """Row classes for these linear layers and for attention of shape ``heads`` = (G, Q, D)."""
     generator = torch.Generator().manual_seed(0)
     distinct = {(linear.shape, linear.packed): linear for linear in linears}
     linear_quanta = [
-        _linear_quantum(linear, dtype, generator) for linear in distinct.values() for _ in range(DRAWS)
+        _linear_quantum(linear, dtype, generator, device)
+        for linear in distinct.values()
+        for _ in range(DRAWS)
     ]
     if by_path:
         return RowClasses(canonical=True, linear=max(linear_quanta), by_path=True)
@@ -113,8 +125,10 @@ def agreed(own: RowClasses, ranks: TensorParallel) -> RowClasses:
     return replace(own, linear=linear, attention=attention)
 
 
-def _linear_quantum(linear: Linear, dtype: torch.dtype, generator: torch.Generator) -> int:
-    x = torch.randn(MAX_ROWS, linear.shape[1], generator=generator).to(dtype)
+def _linear_quantum(
+    linear: Linear, dtype: torch.dtype, generator: torch.Generator, device: torch.device
+) -> int:
+    x = torch.randn(MAX_ROWS, linear.shape[1], generator=generator).to(device, dtype)
 
     def product(first: int, count: int, quantum: int) -> torch.Tensor:
         padded = x.new_zeros(-(-count // quantum) * quantum, x.shape[1])

@@ -66,10 +66,12 @@ class Shard:
         self.vocabulary = slice(start, stop)
         self.adds_biases = rank == 0
 
-    def of_vocabulary(self, checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
+    def of_vocabulary(
+        self, checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
         """This rank's rows of embedding or head, ``[vocabulary_rows, hidden]``."""
         shape = (self.whole.vocab_size, self.whole.hidden_size)
-        weight = checkpoint.tensor(name, shape, rows=self.vocabulary).to(dtype)
+        weight = checkpoint.tensor(name, shape, rows=self.vocabulary).to(device, dtype)
         missing = self.vocabulary_rows - len(weight)
         return F.pad(weight, (0, 0, 0, missing)) if missing else weight
 

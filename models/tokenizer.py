@@ -1,18 +1,33 @@
 """Text to token ids and back, through transformers' tokenizers."""
 
 import hashlib
+import inspect
 import json
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from outrider.speculation.errors import CheckpointError, ModelNotFoundError, VocabularyMismatchError
+from outrider.speculation.errors import (
+    CheckpointError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    VocabularyMismatchError,
+)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of these holds the vocabulary of every supported model."""
+
+
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTES_OF = {chr(byte): byte for byte in _PRINTABLE}
+BYTES_OF |= {chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
+"""GPT-2's alphabet of bytes (Radford et al. 2019): printable ones are themselves, the others follow 0xFF."""
+
+
+_OF_THE_RENDERER = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
 
 class Tokenizer:
@@ -21,6 +36,17 @@ class Tokenizer:
     def __init__(self, tokenizer: Any) -> None:
         """Wraps a tokenizer of transformers."""
         self._tokenizer = tokenizer
+        # What transformers does around its library's decoding takes three times as long as that.
+        kind = type(tokenizer)
+        is_plain = (
+            getattr(kind, "_decode", None) is PreTrainedTokenizerFast._decode
+            and kind.decode is PreTrainedTokenizerBase.decode
+        )
+        self._decode = (
+            tokenizer.backend_tokenizer.decode
+            if is_plain
+            else partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        )
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -41,19 +67,64 @@ class Tokenizer:
             raise CheckpointError(f"{folder}: the tokenizer cannot be read: {reason}") from error
         return cls(tokenizer)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that this model's tokenizer adds by itself."""
-        ids: list[int] = self._tokenizer.encode(text, verbose=False)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids, with the special tokens that this model's tokenizer adds by itself.
+
+        Raises:
+            InvalidRequestError: it has half of a character, as JSON can.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"the prompt is not valid text: {error}") from None
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
         return ids
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation as the model's chat template writes it.
+
+        messages: mappings with ``role`` and ``content``. template: Jinja, in place of the model's own;
+        it runs in a sandbox. variables: what the template may use beside.
+
+        Raises:
+            InvalidRequestError: there is no template, it refuses these messages, or a variable would be
+                a setting of whoever renders it.
+        """
+        for name in variables or ():
+            if name in _OF_THE_RENDERER:
+                raise InvalidRequestError(f"chat_template_kwargs.{name} is not supported")
+        if template is None and self._tokenizer.chat_template is None:
+            raise InvalidRequestError(
+                "this model has no chat template; send a prompt, or configure a template"
+            )
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **(variables or {}),
+            )
+        except Exception as error:  # a template is a program, and raises what programs raise
+            raise InvalidRequestError(f"the chat template refuses the messages: {error}") from error
+        # A template writes the special tokens itself.
+        return self.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids; U+FFFD stands for bytes that are no UTF-8.
 
         Ids beyond the tokenizer's own, which a padded head can give, have no text.
         """
-        text: str = self._tokenizer.decode(
-            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+        text: str = self._decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     @property
@@ -88,6 +159,27 @@ class Tokenizer:
     def ids(self) -> frozenset[int]:
         """Every id that has a token."""
         return frozenset(self.vocabulary.values())
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether tokens are spelt in the printable stand-ins for bytes of GPT-2's tokenizer."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        decoder = None if backend is None else backend.decoder
+        return "ByteLevel" in type(decoder).__name__ or "ByteLevel" in repr(decoder)
+
+    def token_text(self, token_id: int) -> str:
+        """One token by itself; U+FFFD stands for bytes that are no UTF-8. Nothing is hidden."""
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, exactly, where the vocabulary spells bytes; else of ``token_text``."""
+        if self.is_byte_level and token_id not in self._tokenizer.added_tokens_decoder:
+            spelt = self._tokenizer.convert_ids_to_tokens(token_id)
+            if spelt is not None and all(character in BYTES_OF for character in spelt):
+                return bytes(BYTES_OF[character] for character in spelt)
+        if token_id in self.byte_fallback_ids:
+            return bytes([int(self._tokenizer.convert_ids_to_tokens(token_id)[3:5], 16)])
+        return self.token_text(token_id).encode()
 
     @cached_property
     def byte_fallback_ids(self) -> frozenset[int]:

@@ -14,6 +14,13 @@ NUM_BUCKETS = 10
 LOWEST_SCORE = 1e-12
 """Corrected scores are at least this, so that products of them stay positive."""
 
+CREDIT_PRIOR = 8.0
+"""Expected hits that the belief in a text like all others is worth."""
+
+CREDIT_MEMORY = 0.98
+"""What is left of a judged position's weight after the next one. With this and the prior, the log-loss of the
+demo pair's chances falls from 0.117 to 0.086 (T = 0), 0.140 to 0.136 (0.7) and 0.203 to 0.188 (1.0)."""
+
 _EDGES = 1.0 / (1.0 + np.exp(-np.arange(-4.0, 5.0)))
 
 
@@ -89,6 +96,28 @@ class RankCalibration:
         mean = np.divide(self._score_sum, self._offered, out=np.ones_like(self._offered), where=known)
         posterior = (self._prior_weight * mean + self._accepted) / (self._prior_weight + self._offered)
         return np.where(known, posterior / mean, 1.0)
+
+
+class TextCredit:
+    """How much better or worse a drafter does for one text than for all.
+
+    One text repeats itself, another is beyond the drafter. Where children's scores promised ``e``
+    hits and ``h`` came, scores are worth ``(prior + h) / (prior + e)`` times what they say.
+    """
+
+    def __init__(self) -> None:
+        self._hits = self._expected = 0.0
+
+    @property
+    def factor(self) -> float:
+        """For conditional scores, before they are bounded by 1."""
+        return (CREDIT_PRIOR + self._hits) / (CREDIT_PRIOR + self._expected)
+
+    def observe(self, positions: int, *, hits: int, expected: float) -> None:
+        """At so many positions of the text children were judged whose scores sum up to ``expected``."""
+        keep = CREDIT_MEMORY**positions
+        self._hits = keep * self._hits + hits
+        self._expected = keep * self._expected + expected
 
 
 def _cells(ranks: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[IntArray, FloatArray]:

@@ -177,9 +177,10 @@ class LivingTree(TreeSlots):
         root's, and the root is expanded if that node was. Otherwise all nodes go and the
         root is unexpanded.
         """
-        ids = np.asarray(committed, np.int64).tolist()
+        tokens = np.asarray(committed, np.int64)
         if self.is_bare:
-            return Reroot(path_slots=_NONE, kept_slots=_NONE, num_committed=len(ids))
+            return Reroot(path_slots=_NONE, kept_slots=_NONE, num_committed=len(tokens))
+        ids = tokens.tolist()
         path = self._walk(ids)
         path_slots = np.array(path, np.int64)
         if len(path) < len(ids):

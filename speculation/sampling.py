@@ -14,13 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from outrider.kernels.gumbel import (
-    exponential_noise,
-    exponential_race,
-    first_largest,
-    position_keys,
-    request_states,
-)
+from outrider.kernels.gumbel import draw, exponential_noise, first_largest, position_keys, request_states
+from outrider.speculation.bad_words import BadWords
 from outrider.speculation.errors import InvalidRequestError
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.tree import DraftTree
@@ -36,13 +31,13 @@ def row_positions(length: int, tree: DraftTree) -> IntArray:
 
     length: tokens committed so far, prompt included.
     """
-    return length + np.concatenate([np.zeros(1, np.int64), tree.depths])
+    return length + tree.row_depths
 
 
 class LogitProcessor:
     """Applies one request's sampling parameters, in vLLM v1's order.
 
-    That is: cut to the real vocabulary, allowed tokens, ``min_tokens``, bias, repetition,
+    That is: cut to the real vocabulary, allowed tokens, bad words, ``min_tokens``, bias, repetition,
     frequency and presence penalties, temperature, ``min_p``, ``top_k``, ``top_p`` (over
     what ``top_k`` left). At temperature 0 all that cannot change the argmax is left out.
 
@@ -70,6 +65,8 @@ class LogitProcessor:
         self._min_tokens = params.min_tokens if stop_ids else 0
         self._stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
         self._forbidden = _forbidden_tokens(params, vocab_size, stop_ids, device)
+        words = params.bad_words_token_ids
+        self._bad_words = BadWords(words, device) if words else None
         self._bias = _Bias(params.logit_bias, device) if params.logit_bias else None
         self._penalties = _Penalties(params, prompt_ids, vocab_size) if _has_penalties(params) else None
         self._truncates = not params.is_greedy and (
@@ -81,6 +78,8 @@ class LogitProcessor:
         self._num_output += len(tokens)
         if self._penalties is not None:
             self._penalties.commit(tokens)
+        if self._bad_words is not None:
+            self._bad_words.commit(tokens)
 
     @property
     def is_trivial(self) -> bool:
@@ -90,7 +89,8 @@ class LogitProcessor:
     @property
     def depends_on_path(self) -> bool:
         """Whether the result depends on more than a row's own logits."""
-        return self._penalties is not None or self._num_output < self._min_tokens
+        words = self._bad_words is not None and self._bad_words.depends_on_path
+        return words or self._penalties is not None or self._num_output < self._min_tokens
 
     def process(self, logits: torch.Tensor, tree: DraftTree, rows: IntArray | None = None) -> torch.Tensor:
         """The logits of the distributions that the rows choose from.
@@ -119,13 +119,15 @@ class LogitProcessor:
 
     @property
     def _edits(self) -> bool:
-        steps = (self._forbidden, self._bias, self._penalties)
+        steps = (self._forbidden, self._bad_words, self._bias, self._penalties)
         return self._num_output < self._min_tokens or any(step is not None for step in steps)
 
     def _edit(self, logits: torch.Tensor, tree: DraftTree, rows: IntArray) -> None:
         """What can change the argmax, in place."""
         if self._forbidden is not None:
             logits.masked_fill_(self._forbidden, -torch.inf)
+        if self._bad_words is not None:
+            self._bad_words.apply(logits, tree, rows)
         early = row_positions(self._num_output, tree)[rows] < self._min_tokens
         if early.any():
             shielded = torch.from_numpy(early.nonzero()[0]).to(logits.device)
@@ -189,7 +191,9 @@ class TokenChooser:
     def perturb(self, probs: torch.Tensor, positions: IntArray) -> None:
         """Divides probabilities ``[R, V]`` by the noise of their tokens, in place; see ``perturb``."""
         if not self._greedy:
-            probs.div_(noise_together([self], [positions], probs))
+            keys, streams = noise_keys_together([self], [positions], probs.device)
+            noise = exponential_noise(keys[0], keys[1], probs.shape[1])
+            probs.div_(noise if streams is None else noise[streams])
 
 
 def choose_together(
@@ -210,47 +214,52 @@ def choose_together(
     elif not any(greedy):
         tokens = _drawn_tokens(choosers, logits, positions)
     else:
-        is_greedy = np.repeat(greedy, counts)
-        tokens = np.empty(len(logits), np.int64)
-        tokens[is_greedy] = _greedy_tokens(logits[torch.from_numpy(is_greedy)])
+        is_greedy, device = np.repeat(greedy, counts), logits.device
+        plainly, by_noise = (
+            torch.from_numpy(rows.nonzero()[0]).to(device) for rows in (is_greedy, ~is_greedy)
+        )
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=device)
+        tokens[plainly] = _greedy_tokens(logits[plainly])
         drawing = [each for each, plain in zip(choosers, greedy, strict=True) if not plain]
         theirs = [each for each, plain in zip(positions, greedy, strict=True) if not plain]
-        tokens[~is_greedy] = _drawn_tokens(drawing, logits[torch.from_numpy(~is_greedy)], theirs)
+        tokens[by_noise] = _drawn_tokens(drawing, logits[by_noise], theirs)
+    # All that comes back from a device in a step.
+    chosen = tokens.cpu().numpy()
     starts = accumulate(counts, initial=0)
-    return [tokens[start : start + count] for start, count in zip(starts, counts, strict=False)]
+    return [chosen[start : start + count] for start, count in zip(starts, counts, strict=False)]
 
 
-def _greedy_tokens(logits: torch.Tensor) -> IntArray:
+def _greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
     return _sound(first_largest(logits), logits)
 
 
 def _drawn_tokens(
     choosers: Sequence["TokenChooser"], logits: torch.Tensor, positions: Sequence[IntArray]
-) -> IntArray:
+) -> torch.Tensor:
     # Not normalised: a sum's rounding may depend on where in the batch the row lies.
     values = (logits - logits.amax(dim=1, keepdim=True)).exp_()
-    return _sound(exponential_race(values, noise_together(choosers, positions, logits)), values)
+    keys, streams = noise_keys_together(choosers, positions, logits.device)
+    return _sound(draw(values, keys[0], keys[1], streams), values)
 
 
-def _sound(tokens: torch.Tensor, values: torch.Tensor) -> IntArray:
+def _sound(tokens: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     # A NaN anywhere in a row has won, or has made the whole row NaN.
-    won = values.gather(1, tokens[:, None])[:, 0].cpu().numpy()
-    chosen: IntArray = np.where(np.isfinite(won), tokens.cpu().numpy(), NO_TOKEN)
-    return chosen
+    won = values.gather(1, tokens[:, None])[:, 0]
+    # Infinity and NaN less themselves are NaN. On CPU isfinite() takes several times as long.
+    return tokens.masked_fill_(won - won != 0, NO_TOKEN)
 
 
-def noise_together(
-    choosers: Sequence["TokenChooser"], positions: Sequence[IntArray], like: torch.Tensor
-) -> torch.Tensor:
-    """The noise float32 ``[R, V]`` of every row, ``like`` being ``[R, V]`` too."""
+def noise_keys_together(
+    choosers: Sequence["TokenChooser"], positions: Sequence[IntArray], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Keys int64 ``[2, k]`` of streams, and which of them each row has, ``[R]``; None: each its own."""
     found = [chooser.noise_keys(each) for chooser, each in zip(choosers, positions, strict=True)]
-    keys = torch.from_numpy(np.concatenate([each for each, _ in found], axis=1)).to(like.device)
-    noise = exponential_noise(keys[0], keys[1], like.shape[1])
-    if len(like) == len(choosers):
-        return noise
+    keys = torch.from_numpy(np.concatenate([each for each, _ in found], axis=1)).to(device)
+    if sum(map(len, positions)) == len(choosers):
+        return keys, None
     starts = np.cumsum([0, *(each.shape[1] for each, _ in found[:-1])])
     rows = np.concatenate([own + start for (_, own), start in zip(found, starts, strict=True)])
-    return noise[torch.from_numpy(rows).to(like.device)]
+    return keys, torch.from_numpy(rows).to(device)
 
 
 def perturb(

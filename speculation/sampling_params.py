@@ -4,11 +4,21 @@ import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from outrider.speculation.errors import InvalidRequestError
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are 0, as in vLLM: dividing by them could overflow float32."""
+
+MAX_LOGPROBS = 20
+"""Most probable tokens that a request may ask for beside each token, as in vLLM and at OpenAI."""
+
+REPETITION_PENALTIES = (1e-6, 1e6)
+"""Beyond these, logits and the temperature's quotients may leave float32."""
+
+MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 1024, 256
+"""Each is looked for in every step."""
 
 _SEEDS = 2**64
 
@@ -35,6 +45,13 @@ class SamplingParams:
     skip_special_tokens: leave special tokens out of the text.
     logit_bias: added to the logits of these token ids. Held as a dict of its own.
     allowed_token_ids: only these tokens may be chosen. Held as a tuple.
+    bad_words: texts that must not come up in the output; a bare string is one. Held as a tuple. Preparing
+        a request makes token ids of them, below.
+    bad_words_token_ids: sequences of tokens that must not, at most 1,024 of at most 256 tokens. Held as a
+        tuple of tuples.
+    logprobs: so many most probable tokens beside each token of the output, with log-probabilities;
+        0 gives those of the output's tokens alone, None none at all.
+    prompt_logprobs: the same for the tokens of the prompt.
 
     Raises:
         InvalidRequestError: a value has the wrong type or is out of range.
@@ -58,6 +75,10 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
+    bad_words_token_ids: Sequence[Sequence[int]] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         self._check_integers()
@@ -67,6 +88,8 @@ class SamplingParams:
         self._set("stop", () if self.stop is None else _strings("stop", self.stop))
         stop_ids = () if self.stop_token_ids is None else _token_ids("stop_token_ids", self.stop_token_ids)
         self._set("stop_token_ids", stop_ids)
+        self._set("bad_words", () if self.bad_words is None else _strings("bad_words", self.bad_words))
+        self._set("bad_words_token_ids", _words("bad_words_token_ids", self.bad_words_token_ids))
         if self.logit_bias is not None:
             self._set("logit_bias", _biases("logit_bias", self.logit_bias))
         if self.allowed_token_ids is not None:
@@ -89,6 +112,7 @@ class SamplingParams:
             "stop_token_ids": self.stop_token_ids,
             "logit_bias": self.logit_bias or (),
             "allowed_token_ids": self.allowed_token_ids or (),
+            "bad_words_token_ids": chain.from_iterable(self.bad_words_token_ids),
         }
         for name, ids in groups.items():
             for token in ids:
@@ -104,6 +128,11 @@ class SamplingParams:
         if self.seed is not None:
             self._set("seed", _integer("seed", self.seed))
             _require(0 <= self.seed < _SEEDS, "seed", "None or within [0, 2**64)", self.seed)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                count = _integer(name, getattr(self, name))
+                _require(0 <= count <= MAX_LOGPROBS, name, f"None or within [0, {MAX_LOGPROBS}]", count)
+                self._set(name, count)
 
     def _check_reals(self) -> None:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
@@ -112,7 +141,8 @@ class SamplingParams:
         _require(0 < self.top_p <= 1, "top_p", "within (0, 1]", self.top_p)
         _require(0 <= self.min_p <= 1, "min_p", "within [0, 1]", self.min_p)
         penalty = self.repetition_penalty
-        _require(penalty > 0, "repetition_penalty", "greater than 0", penalty)
+        least, most = REPETITION_PENALTIES
+        _require(least <= penalty <= most, "repetition_penalty", f"within [{least}, {most}]", penalty)
         for name in ("presence_penalty", "frequency_penalty"):
             value = _real(name, getattr(self, name))
             _require(-2 <= value <= 2, name, "within [-2, 2]", value)
@@ -156,6 +186,18 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise InvalidRequestError(f"{name} must be a sequence of token ids, not {value!r}")
     return tuple(_token_id(name, item) for item in value)
+
+
+def _words(name: str, value: object) -> tuple[tuple[int, ...], ...]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise InvalidRequestError(f"{name} must be sequences of token ids, not {value!r}")
+    words = tuple(_token_ids(name, word) for word in value)
+    _require(len(words) <= MAX_BAD_WORDS, name, f"at most {MAX_BAD_WORDS} sequences", len(words))
+    for word in words:
+        _require(bool(word), name, "sequences of at least one token id", word)
+        longest = f"sequences of at most {MAX_BAD_WORD_TOKENS} token ids"
+        _require(len(word) <= MAX_BAD_WORD_TOKENS, name, longest, f"{len(word)} of them")
+    return words
 
 
 def _token_id(name: str, value: object) -> int:

@@ -1,9 +1,12 @@
 """Counts of what speculation did. Raw counts only; everything else is derived when read."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise, zip_longest
+from types import MappingProxyType
+
+NOBODY: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(kw_only=True)
@@ -19,15 +22,20 @@ class SpeculationStatistics:
     num_output_tokens: committed tokens.
     prefill_seconds: caching pieces of the text at the target, before its first or next token.
     cached_tokens: that were found cached and so were not computed. preemptions: for want of memory.
-    accepted_by_drafter: accepted draft tokens by who proposed them.
+    accepted_by_drafter: accepted draft tokens by who proposed them, of several the first.
     reroot_hits, reroot_misses: re-roots that kept, or lost, the tree.
     wait_seconds: the target was held back for the drafter.
+    accepted_prediction_tokens, rejected_prediction_tokens: of the caller's own prediction, verified and
+        accepted or not.
 
     Of a drafter in another process:
     growth_messages, growth_nodes, growth_bytes: received. sent_bytes: to it.
     stale_nodes, stale_messages: arrived too late to be placed, or of an earlier generation.
+    steps_by_choice: target steps by how they came about, see ``pipelines.actions.Choice``.
+    drafting_switches: how often drafting was stopped or resumed, for it had not paid.
     overlapped_draft_seconds: the part of draft_seconds that the target's steps hid.
-    generations: how often the request was opened at a worker; drafter_failovers: at another one.
+    generations: how often the request was opened at a worker; drafter_failovers: at another one, for
+        one had failed; drafter_moves: at another one, for that should be faster.
     """
 
     num_drafts: int = 0
@@ -55,14 +63,21 @@ class SpeculationStatistics:
     sent_bytes: int = 0
     stale_nodes: int = 0
     stale_messages: int = 0
+    steps_by_choice: dict[str, int] = field(default_factory=dict)
+    drafting_switches: int = 0
     overlapped_draft_seconds: float = 0.0
     generations: int = 0
     drafter_failovers: int = 0
+    drafter_moves: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
     def record_verification(
-        self, *, num_draft_tokens: int, num_accepted_tokens: int, drafter: str | None = None
+        self, *, num_draft_tokens: int, num_accepted_tokens: int, proposers: Mapping[str, int] = NOBODY
     ) -> None:
         """Counts one verification; an empty tree is a step but no draft.
+
+        proposers: how many of the accepted tokens each drafter proposed, where that is known.
 
         Raises:
             ValueError: more was accepted than drafted, or a count is negative.
@@ -73,10 +88,11 @@ class SpeculationStatistics:
         self.num_drafts += num_draft_tokens > 0
         self.num_draft_tokens += num_draft_tokens
         self.num_accepted_tokens += num_accepted_tokens
+        if not num_accepted_tokens:
+            return
         self.num_accepted_tokens_per_pos = _added(self.num_accepted_tokens_per_pos, [1] * num_accepted_tokens)
-        if drafter is not None and num_accepted_tokens:
-            total = self.accepted_by_drafter.get(drafter, 0)
-            self.accepted_by_drafter[drafter] = total + num_accepted_tokens
+        for name, count in proposers.items():
+            self.accepted_by_drafter[name] = self.accepted_by_drafter.get(name, 0) + count
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -153,10 +169,15 @@ class SpeculationStatistics:
             "bytes_per_token": self.bytes_per_token,
             "stale_nodes": self.stale_nodes,
             "stale_messages": self.stale_messages,
+            "steps_by_choice": dict(self.steps_by_choice),
+            "drafting_switches": self.drafting_switches,
             "overlapped_draft_seconds": self.overlapped_draft_seconds,
             "overlap_ratio": self.overlap_ratio,
             "generations": self.generations,
             "drafter_failovers": self.drafter_failovers,
+            "drafter_moves": self.drafter_moves,
+            "accepted_prediction_tokens": self.accepted_prediction_tokens,
+            "rejected_prediction_tokens": self.rejected_prediction_tokens,
         }
 
 

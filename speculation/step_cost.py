@@ -80,7 +80,8 @@ class StepCostModel:
             curve[last:] = seconds[-1] + slope * (rows[last:] - last)
         else:
             curve[last:] = shape[last:max_rows] * (seconds[-1] / shape[last - 1])
-        return curve
+        # Where the prior is flat, scaling it may round to less than the observation beside it.
+        return np.maximum.accumulate(curve)
 
     def _knots(self) -> tuple[FloatArray, FloatArray]:
         rows = sorted(self._means)

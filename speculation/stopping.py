@@ -80,6 +80,7 @@ class StopChecker:
         self._limit = min(params.max_tokens, max_model_len - prompt_length)
         self._min_tokens = params.min_tokens
         self._stops = tuple(params.stop)
+        self._longest_stop = max(map(len, self._stops), default=0)
         self._include_stop = params.include_stop_str_in_output
         self._detokenizer = detokenizer
         self._num_tokens = 0
@@ -176,7 +177,7 @@ class StopChecker:
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that a stop string could begin with."""
-        for length in range(min(len(self._text), max(map(len, self._stops), default=0) - 1), 0, -1):
+        for length in range(min(len(self._text), self._longest_stop - 1), 0, -1):
             end = self._text[-length:]
             if any(len(stop) > length and stop.startswith(end) for stop in self._stops):
                 return length

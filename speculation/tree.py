@@ -81,6 +81,11 @@ class DraftTree:
         return len(self.tokens)
 
     @cached_property
+    def row_depths(self) -> npt.NDArray[np.int64]:
+        """int64 ``[1 + nodes]``: 0 for the root, then the nodes' depths."""
+        return np.concatenate((np.zeros(1, np.int64), self.depths))
+
+    @cached_property
     def ancestor_mask(self) -> npt.NDArray[np.bool_]:
         """Bool ``[nodes, nodes]``: row i marks node i and its ancestors (the root is not a node)."""
         nodes = len(self.tokens)

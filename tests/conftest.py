@@ -9,6 +9,10 @@ from typing import Any
 
 # Triton reads it when it is first imported, by whatever does that; without it a GPU would be needed.
 os.environ["TRITON_INTERPRET"] = "1"
+# Threads that spin while they wait for each other take the cores from the tests beside them: minutes in all.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Where there is one, it is for ``make gpu-check``: all that is tested here runs on CPUs.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch

@@ -6,12 +6,42 @@ No such module may import torch before its command runs: ``--help`` answers at o
 import argparse
 from typing import Any, NoReturn
 
-from outrider.cluster.cli import check, demo, doctor, down, draft_worker, generate, simulate, status, up
+from outrider.cluster.cli import (
+    bench,
+    check,
+    demo,
+    doctor,
+    down,
+    draft_worker,
+    generate,
+    replay,
+    run_batch,
+    serve,
+    simulate,
+    status,
+    trace,
+    up,
+)
 from outrider.cluster.cli.arguments import Parser, in_flags
 from outrider.cluster.nearest import nearest
 from outrider.speculation.errors import InvalidConfigError, InvalidRequestError
 
-COMMANDS = (generate, demo, up, down, status, check, doctor, draft_worker, simulate)
+COMMANDS = (
+    generate,
+    serve,
+    run_batch,
+    demo,
+    up,
+    down,
+    status,
+    check,
+    doctor,
+    draft_worker,
+    simulate,
+    trace,
+    replay,
+    bench,
+)
 
 DESCRIPTION = "Speculative decoding that gives the target's own tokens, faster."
 

@@ -25,7 +25,7 @@ same one as the targets'.
 EXAMPLES = """\
 examples:
   outrider draft-worker
-  outrider draft-worker --draft ./draft --port 7000 --threads 2
+  outrider draft-worker --draft ./draft --quantization int8 --port 7000 --threads 2
   outrider generate --workers 127.0.0.1:7000 --prompt 'def fibonacci(n):'
 """
 
@@ -39,7 +39,13 @@ def register(commands: Commands) -> None:
     add("--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1")
     add("--port", metavar="N", type=integer, default=0, help="port to listen on; default 0: a free one")
     add("--name", help="what accepted tokens are attributed to; default draft-PID")
+    add("--device", default="auto", help="cpu, cuda, or auto (the default): cuda where there is one")
     add("--dtype", default="auto", help="auto (as saved, the default), bfloat16, float32 or float64")
+    add(
+        "--quantization",
+        metavar="Q",
+        help="int8: quantise the draft's weights at load; faster, and it guesses a little worse",
+    )
     add(
         "--max-model-len",
         metavar="N",
@@ -96,10 +102,12 @@ def run(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(arguments.threads)
     process = make_draft_process(
         arguments.draft or str(pair.DRAFT),
+        device=arguments.device,
         dtype=arguments.dtype,
         max_model_len=arguments.max_model_len,
         max_sessions=arguments.max_sessions,
         tensor_parallel_size=arguments.tensor_parallel_size,
+        quantization=arguments.quantization,
         host=arguments.host,
         port=arguments.port,
         name=arguments.name,

@@ -4,41 +4,35 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from outrider.cluster.cli.arguments import Commands, Parser, integer, json_object, real
+from outrider.cluster.cli.arguments import Commands, Parser, integer, real
+from outrider.cluster.cli.models import (
+    add_models,
+    add_speculation,
+    drafting_of,
+    load_llm,
+    refuse_settings_of_this_process,
+    speculative_config,
+)
 from outrider.cluster.cli.prompts import read_prompts
 from outrider.speculation.errors import InvalidConfigError, InvalidRequestError
 from outrider.speculation.request import Request, StepOutput
 from outrider.speculation.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from outrider.actors.tracing import Trace
     from outrider.cluster.cli.output import Output
     from outrider.cluster.generation import TextGenerator
     from outrider.cluster.llm import LLM
+    from outrider.cluster.seeing.files import Seeing
 
 Prepared: TypeAlias = list[tuple[str, list[Request]]]
 """Prompts with a request per choice."""
+Load: TypeAlias = Callable[["Trace | None"], "TextGenerator"]
 
-_OF_THIS_PROCESS = {
-    "target": None,
-    "draft": None,
-    "dtype": "auto",
-    "numerics": "canonical",
-    "max_model_len": None,
-    "max_num_seqs": 8,
-    "max_num_batched_tokens": 64,
-    "kv_cache_memory": None,
-    "gpu_memory_utilization": None,
-    "target_profile": None,
-    "threads": None,
-    "tensor_parallel_size": 1,
-    "workers": None,
-    "num_speculative_tokens": None,
-    "speculative_config": None,
-}
-"""Flags that a cluster.yaml stands in for, and their defaults."""
 NAME = "generate"
 SUMMARY = "continue texts with a target model, helped by a draft model"
 
@@ -61,11 +55,12 @@ examples:
   outrider generate cluster.yaml --prompt 'def fibonacci(n):'
   outrider generate --target ./model -sc '{"method": "ngram"}' < letter.txt
 
-docs/workers.md tells more about --workers.
+docs/workers.md tells more about --workers, docs/seeing.md about --trace and --record.
 
 On a terminal the text appears as it comes. Elsewhere standard output holds only texts, or
 with --json one object per line and result: prompt, index, text, token_ids, finish_reason,
-stop_reason, seed and stats.
+stop_reason, seed and stats, and where they are asked for logprobs and prompt_logprobs, an entry
+per token: {"token_id", "logprob", "rank", "top": [[id, logprob], ...]}.
 """
 
 
@@ -75,9 +70,10 @@ def register(commands: Commands) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("cluster", metavar="cluster.yaml", nargs="?", help="generate on this cluster")
     _add_prompts(parser)
-    _add_models(parser)
+    add_models(parser, "--target")
     _add_sampling(parser)
-    _add_speculation(parser)
+    add_speculation(parser)
+    _add_seeing(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per result")
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
@@ -88,13 +84,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Reads the prompts, loads the models and writes every result."""
     # All that can be refused without a model is, before seconds go into loading one.
     load = _cluster(arguments) if arguments.cluster is not None else _in_this_process(arguments)
+    _require_json(arguments)
     prompts = read_prompts(arguments.prompt, arguments.prompt_file)
     params = _sampling_params(arguments)
     from outrider.cluster.cli.output import Output, notice
 
-    with notice("loading the models ..." if arguments.cluster is None else "starting the cluster ..."):
-        llm = load()
-    with llm:
+    with ExitStack() as opened:
+        seeing = _seeing(arguments, opened)
+        with notice("loading the models ..." if arguments.cluster is None else "starting the cluster ..."):
+            llm = opened.enter_context(load(None if seeing is None else seeing.log))
+        if seeing is not None:
+            opened.enter_context(seeing.writing(cast("LLM", llm).model.tokenizer))
         # In this process the pipeline is the engine's own.
         pipeline = arguments.pipeline if arguments.cluster is not None else None
         switches = {"speculative": not arguments.no_speculation, "pipeline": pipeline}
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Warnings:
-    """Says once of each draft worker that it is gone, between two results."""
+    """Says once of each draft worker that is gone that it is, between two results."""
 
     def __init__(self, llm: "TextGenerator") -> None:
         self._llm = llm
@@ -120,7 +120,8 @@ class _Warnings:
         for address, line in failures.items():
             if address not in self._told and sys.stderr is not None:
                 print(f"outrider: warning: {line}", file=sys.stderr, flush=True)
-        self._told.update(failures)
+        # One that came back and is lost again is news.
+        self._told = set(failures)
 
 
 def _show_each(llm: "TextGenerator", prepared: Prepared, output: "Output", warnings: _Warnings) -> None:
@@ -155,21 +156,20 @@ def _write_all(llm: "TextGenerator", prepared: Prepared, output: "Output", warni
         warnings.show()
 
 
-def _cluster(arguments: argparse.Namespace) -> Callable[[], "TextGenerator"]:
+def _cluster(arguments: argparse.Namespace) -> Load:
     """Checks what can be checked before anything starts; how to start it."""
     from outrider.cluster.cluster_config import load_config
 
     if not Path(arguments.cluster).exists():
         raise InvalidConfigError(f"there is no file {arguments.cluster!r}; a text goes after --prompt")
-    for name, default in _OF_THIS_PROCESS.items():
-        if getattr(arguments, name) != default:
-            flag = "--" + name.replace("_", "-")
-            raise InvalidConfigError(
-                f"{flag} is for generating in this process; {arguments.cluster} decides it"
-            )
+    refuse_settings_of_this_process(arguments, "generating")
+    for flag in ("trace", "record"):
+        if getattr(arguments, flag) is not None:
+            raise InvalidConfigError(f"--{flag} is for generating in this process; a cluster writes none yet")
     config = load_config(arguments.cluster)
 
-    def start() -> "TextGenerator":
+    def start(trace: "Trace | None") -> "TextGenerator":
+        assert trace is None, "the flags for it have been refused"
         from outrider.cluster.ray_cluster import Cluster
 
         return Cluster(config, debug=getattr(arguments, "debug", False))
@@ -177,40 +177,19 @@ def _cluster(arguments: argparse.Namespace) -> Callable[[], "TextGenerator"]:
     return start
 
 
-def _in_this_process(arguments: argparse.Namespace) -> Callable[[], "TextGenerator"]:
-    config = _speculative_config(arguments)
-    return lambda: _load(arguments, config)
+def _in_this_process(arguments: argparse.Namespace) -> Load:
+    config = speculative_config(arguments)
+    return lambda trace: load_llm(arguments, config, trace)
 
 
-def _load(arguments: argparse.Namespace, config: dict[str, Any] | None) -> "LLM":
-    import torch
+def _seeing(arguments: argparse.Namespace, opened: ExitStack) -> "Seeing | None":
+    """What notes the run for ``--trace`` and ``--record``; their files are opened before a model is."""
+    if arguments.trace is None and arguments.record is None:
+        return None
+    from outrider.cluster.seeing.files import Seeing
 
-    from outrider.cluster.llm import LLM
-    from outrider.cluster.workers_config import WorkersConfig
-
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise InvalidConfigError(f"threads must be at least 1, not {arguments.threads}")
-        torch.set_num_threads(arguments.threads)
-    elif config is not None and config.get("workers") is not None:
-        # Threads that wait for a core that a worker has would slow both down.
-        local = WorkersConfig.parse(config["workers"])
-        taken = local.count * local.threads if local.is_local else 0
-        torch.set_num_threads(max(1, torch.get_num_threads() - taken))
-    return LLM(
-        arguments.target,
-        # A draft model that will not be asked need not be loaded.
-        speculative_config=None if arguments.no_speculation else config,
-        dtype=arguments.dtype,
-        numerics=arguments.numerics,
-        max_model_len=arguments.max_model_len,
-        max_num_seqs=arguments.max_num_seqs,
-        max_num_batched_tokens=arguments.max_num_batched_tokens,
-        kv_cache_memory=arguments.kv_cache_memory,
-        gpu_memory_utilization=arguments.gpu_memory_utilization,
-        target_profile=arguments.target_profile,
-        tensor_parallel_size=arguments.tensor_parallel_size,
-    )
+    seeing = Seeing(arguments.trace, arguments.record, drafting=drafting_of(arguments))
+    return opened.enter_context(seeing)
 
 
 def _prepare(
@@ -239,36 +218,16 @@ def _sampling_params(arguments: argparse.Namespace) -> SamplingParams:
         max_tokens=arguments.max_tokens,
         stop=arguments.stop,
         ignore_eos=arguments.ignore_eos,
+        logprobs=arguments.logprobs,
+        prompt_logprobs=arguments.prompt_logprobs,
     )
 
 
-def _speculative_config(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """``--speculative-config``, with what the simple flags say in place of its own values."""
-    given: dict[str, Any] | None = arguments.speculative_config
-    flags = {
-        "model": arguments.draft,
-        "num_speculative_tokens": arguments.num_speculative_tokens,
-        "workers": arguments.workers,
-        "pipeline": arguments.pipeline,
-    }
-    simple = {key: value for key, value in flags.items() if value is not None}
-    if given is None and not simple:
-        return None
-    from outrider.cluster.speculative_config import SpeculativeConfig
-    from outrider.cluster.workers_config import WorkersConfig
-    from outrider.models.demo import pair
-
-    elsewhere = arguments.workers is not None and not WorkersConfig.parse(arguments.workers).is_local
-    if given is None and arguments.draft is None and not elsewhere:
-        if arguments.target is not None:
-            flag = "--" + next(iter(simple)).replace("_", "-")
-            raise InvalidConfigError(
-                f"{flag} needs something that drafts: give --draft or --speculative-config beside --target"
-            )
-        given = {"model": str(pair.DRAFT)}
-    config = {**(given or {}), **simple}
-    SpeculativeConfig.parse(config)
-    return config
+def _require_json(arguments: argparse.Namespace) -> None:
+    """Refuses what only a JSON object has a place for."""
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(arguments, name) is not None and not arguments.json:
+            raise InvalidConfigError(f"--{name.replace('_', '-')} needs --json, which has a field for them")
 
 
 def _add_prompts(parser: Parser) -> None:
@@ -276,57 +235,6 @@ def _add_prompts(parser: Parser) -> None:
     sources = group.add_mutually_exclusive_group()
     sources.add_argument("--prompt", metavar="TEXT", action="append", help="a text; repeat it for several")
     sources.add_argument("--prompt-file", metavar="FILE", help="one prompt a line; blank lines are skipped")
-
-
-def _add_models(parser: Parser) -> None:
-    add = parser.add_argument_group("models").add_argument
-    add("--target", metavar="DIR|ID", help="folder or hub id; the embedded demo model by default")
-    add("--draft", metavar="DIR|ID", help="draft model; none for a --target of your own by default")
-    add("--dtype", default="auto", help="auto (as saved, the default), bfloat16, float32 or float64")
-    add(
-        "--numerics",
-        default="canonical",
-        help="canonical (the default: the same bits with and without speculation) or fast",
-    )
-    add(
-        "--max-model-len",
-        metavar="N",
-        type=integer,
-        help="tokens of prompt and output; the model's by default",
-    )
-    add("--max-num-seqs", metavar="N", type=integer, default=8, help="prompts served at once; default 8")
-    add(
-        "--max-num-batched-tokens",
-        metavar="N",
-        type=integer,
-        default=64,
-        help="rows of one forward; fewer make long prompts hold up the others for less; default 64",
-    )
-    add(
-        "--kv-cache-memory",
-        metavar="SIZE",
-        help="bytes of the KV cache, or e.g. 2GiB; by default what max-num-seqs full texts can use",
-    )
-    add(
-        "--gpu-memory-utilization",
-        metavar="F",
-        type=real,
-        help="share of memory for weights and KV, of the machine's on CPU; default 0.5",
-    )
-    add(
-        "--target-profile",
-        metavar="FILE",
-        help="step times of the target, written if missing; else measured at each start",
-    )
-    add("--threads", metavar="N", type=integer, help="CPU threads; by default all but local workers'")
-    add(
-        "-tp",
-        "--tensor-parallel-size",
-        metavar="N",
-        type=integer,
-        default=1,
-        help="processes that share the target and its threads; default 1",
-    )
 
 
 def _add_sampling(parser: Parser) -> None:
@@ -346,23 +254,16 @@ def _add_sampling(parser: Parser) -> None:
     add("--n", metavar="N", type=integer, default=1, help="choices per prompt; default 1")
     add("--stop", metavar="STR", action="append", default=[], help="ends the output; repeat it for several")
     add("--ignore-eos", action="store_true", help="write on after the end-of-text token")
+    add(
+        "--logprobs",
+        metavar="N",
+        type=integer,
+        help="with --json: log-probabilities of the tokens and of the N most probable ones, 0 to 20",
+    )
+    add("--prompt-logprobs", metavar="N", type=integer, help="the same for the prompt's tokens")
 
 
-def _add_speculation(parser: Parser) -> None:
-    add = parser.add_argument_group("speculation").add_argument
-    add("--no-speculation", action="store_true", help="decode plainly; the tokens are the same")
-    add("--num-speculative-tokens", metavar="K", type=integer, help="most draft tokens per target step")
-    add(
-        "--workers",
-        metavar="W",
-        help="draft in other processes: local or local:N starts them here, host:port[,...] finds them there",
-    )
-    add("--pipeline", metavar="P", help="with draft workers: parallel (the default) or serial")
-    add(
-        "-sc",
-        "--speculative-config",
-        metavar="JSON",
-        type=json_object,
-        help="all settings, in vLLM's keys; without a model it looks n-grams up. "
-        "--draft, --num-speculative-tokens, --workers and --pipeline replace its values",
-    )
+def _add_seeing(parser: Parser) -> None:
+    add = parser.add_argument_group("seeing where the time goes").add_argument
+    add("--trace", metavar="FILE", help="write a trace, for 'outrider trace' and ui.perfetto.dev")
+    add("--record", metavar="FILE", help="write every draft tree and verdict, for 'outrider replay'")

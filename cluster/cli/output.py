@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from outrider.speculation.request import Completion
+from outrider.speculation.request import Completion, TokenLogprobs
 from outrider.speculation.statistics import SpeculationStatistics
 
 SHOW_AFTER_S = 1.0
@@ -79,24 +79,33 @@ class Output:
 
 
 class Bar:
-    """Progress on standard error, drawn on a terminal once it has lasted; ``what`` is going on."""
+    """Progress on standard error, drawn on a terminal once it has lasted; ``what`` is going on.
 
-    def __init__(self, what: str, total: int) -> None:
+    timed: whether it says how long the rest will take.
+    """
+
+    def __init__(self, what: str, total: int, *, timed: bool = False) -> None:
         console = Console(stderr=True)
         self._wanted = sys.stderr is not None and sys.stderr.isatty() and console.is_interactive
         self._began = time.monotonic()
-        columns = (TextColumn(what), BarColumn(), TaskProgressColumn())
+        columns = (
+            TextColumn(what),
+            BarColumn(),
+            TaskProgressColumn(),
+            *((TimeRemainingColumn(),) if timed else ()),
+            TextColumn("{task.description}"),
+        )
         # Redirection, rich's default, would send results from standard output to standard error.
         self._progress = Progress(
             *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
         )
         self._task = self._progress.add_task("", total=total)
 
-    def show(self, done: float) -> None:
-        """How many are done."""
+    def show(self, done: float, note: str = "") -> None:
+        """How many are done, and a word on them."""
         if self._wanted and time.monotonic() - self._began > SHOW_AFTER_S:
             self._progress.start()
-            self._progress.update(self._task, completed=done)
+            self._progress.update(self._task, completed=done, description=note)
 
     def close(self) -> None:
         """Leaves the screen to a result; the next ``show`` draws the bar again."""
@@ -120,6 +129,23 @@ def notice(text: str) -> Iterator[None]:
             print(" " * len(text), end="\r", file=sys.stderr, flush=True)
 
 
+def print_rows(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A drawn table on a terminal, aligned text elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*header, title=title)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    print(title + "\n")
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
 def figures(stats: SpeculationStatistics, seconds: float) -> str:
     """One line on what a result cost; seconds: from its prompt to its last token."""
     tokens = stats.num_output_tokens
@@ -139,7 +165,7 @@ def _label(prompt_number: int, choice: int) -> None:
 
 
 def _row(prompt: str, seed: int | None, done: Completion) -> dict[str, object]:
-    return {
+    row: dict[str, object] = {
         "prompt": prompt,
         "index": done.index,
         "text": done.text,
@@ -148,4 +174,17 @@ def _row(prompt: str, seed: int | None, done: Completion) -> dict[str, object]:
         "stop_reason": done.stop_reason,
         "seed": seed,
         "stats": done.stats.as_dict(),
+    }
+    for name, entries in (("logprobs", done.logprobs), ("prompt_logprobs", done.prompt_logprobs)):
+        if entries is not None:
+            row[name] = [None if each is None else _logprobs(each) for each in entries]
+    return row
+
+
+def _logprobs(entry: TokenLogprobs) -> dict[str, object]:
+    return {
+        "token_id": entry.token_id,
+        "logprob": entry.logprob,
+        "rank": entry.rank,
+        "top": list(zip(entry.top_ids, entry.top_logprobs, strict=True)),
     }

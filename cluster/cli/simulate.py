@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,11 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run_table(arguments: argparse.Namespace) -> int:
     from outrider.cluster import simulated_table
-    from outrider.cluster.cli.output import Bar
-    from outrider.speculation.pipelines.registry import PIPELINES
+    from outrider.cluster.cli.output import Bar, print_rows
 
     tokens = TABLE_TOKENS if arguments.tokens is None else arguments.tokens
-    total = len(simulated_table.ACCEPTANCES) * len(simulated_table.RATIOS) * len(PIPELINES)
+    total = len(simulated_table.ACCEPTANCES) * len(simulated_table.RATIOS) * len(simulated_table.POLICIES)
     bar = Bar("simulating", total)
     try:
         cells = list(simulated_table.table(tokens=tokens, seed=arguments.seed, progress=bar.show))
@@ -89,15 +87,16 @@ def _run_table(arguments: argparse.Namespace) -> int:
         runs = {"tokens": tokens, "seed": arguments.seed, "runs": simulated_table.SEEDS}
         print(json.dumps({**runs, "cells": [_cell_object(cell) for cell in cells]}))
         return 0
-    _print_rows(
+    print_rows(
         "Speed-up over plain decoding",
-        ["acceptance by rank", "c", "R", *PIPELINES, "PEARL"],
+        ["acceptance by rank", "c", "R", *simulated_table.POLICIES, "formula"],
         [_cell_row(cell) for cell in cells],
     )
     print(
         "\nc: a target step of one row in draft steps. R: the round trip, likewise.\n"
         "+- one standard error. In brackets: tree width / most verified nodes that won.\n"
-        "PEARL by formula, with the first rank's acceptance and its best window."
+        "never wait, linger: parallel held back never, or with one eagerness; parallel learns it.\n"
+        "formula: PEARL's, with the first rank's acceptance and its best window."
     )
     return 0
 
@@ -105,7 +104,7 @@ def _run_table(arguments: argparse.Namespace) -> int:
 def _run_own(arguments: argparse.Namespace) -> int:
     costs, shape = _costs(arguments), _shape(arguments)
     from outrider.cluster import simulated_table
-    from outrider.cluster.cli.output import Bar
+    from outrider.cluster.cli.output import Bar, print_rows
     from outrider.speculation.pipelines.registry import PIPELINES
 
     tokens = OWN_TOKENS if arguments.tokens is None else arguments.tokens
@@ -125,7 +124,7 @@ def _run_own(arguments: argparse.Namespace) -> int:
         print(json.dumps({"tokens": tokens, "seed": arguments.seed, "predictions": objects}))
     else:
         header = ["pipeline", "tokens/s", "speed-up", "mean acceptance length", "overlap", "target bubbles"]
-        _print_rows("Prediction", header, [_prediction_row(each) for each in objects])
+        print_rows("Prediction", header, [_prediction_row(each) for each in objects])
     return 0
 
 
@@ -210,28 +209,28 @@ def _cell_row(cell: "Cell") -> list[str]:
     chances = " ".join(f"{chance:.2f}".removeprefix("0") for chance in cell.acceptance)
     estimates = [
         f"{each.speed_up:.2f} +-{each.error:.2f} ({each.shape.width}/{each.shape.num_speculative_tokens})"
-        for each in cell.pipelines.values()
+        for each in cell.policies.values()
     ]
     pearl = "" if cell.pearl is None else f"{cell.pearl:.2f}"
     return [chances, f"{cell.target:g}", f"{cell.round_trip:g}", *estimates, pearl]
 
 
 def _cell_object(cell: "Cell") -> dict[str, object]:
-    pipelines = {
+    policies = {
         name: {
             "speed_up": each.speed_up,
             "standard_error": each.error,
             "width": each.shape.width,
             "num_speculative_tokens": each.shape.num_speculative_tokens,
         }
-        for name, each in cell.pipelines.items()
+        for name, each in cell.policies.items()
     }
     return {
         "acceptance": cell.acceptance,
         "target": cell.target,
         "round_trip": cell.round_trip,
-        **pipelines,
-        "pearl": cell.pearl,
+        **policies,
+        "pearl_formula": cell.pearl,
     }
 
 
@@ -263,23 +262,6 @@ def _prediction_row(each: dict[str, Any]) -> list[str]:
         f"{each['overlap_ratio']:.0%}",
         f"{abs(each['target_bubbles']):.0%}",
     ]
-
-
-def _print_rows(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """A drawn table on a terminal, aligned text elsewhere."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*header, title=title)
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-        return
-    print(title + "\n")
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -339,7 +321,7 @@ def _add_pair(parser: Parser) -> None:
 
 def _add_speculation(parser: Parser) -> None:
     add = parser.add_argument_group("speculation").add_argument
-    add("--pipeline", metavar="P", help="parallel or serial; all by default")
+    add("--pipeline", metavar="P", help="parallel, serial or pearl; all by default")
     add("--width", metavar="N", type=integer, help="nodes that one draft step expands")
     add("--num-speculative-tokens", metavar="K", type=integer, help="most draft tokens per target step")
     add("--depth", metavar="N", type=integer, help="with serial: most draft steps per target step")

@@ -15,10 +15,13 @@ from outrider.kernels.gpu.splits import SPLIT, Parts, attend_chunk, chunk_of
 from outrider.kernels.paged_attention import PagedPaths
 
 
-def path_attention(q: torch.Tensor, pool: torch.Tensor, keys: PagedPaths, block: int) -> torch.Tensor:
-    """Attention ``[R, H, D]`` in q's dtype; see ``paged_path_attention_reference``.
+def path_attention(
+    q: torch.Tensor, pool: torch.Tensor, keys: PagedPaths, block: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention ``[R, H, D]`` in q's dtype, in ``out`` if that is given.
 
-    q, pool: contiguous, of one dtype: bfloat16, float16 or float32. Sums are float32.
+    See ``paged_path_attention_reference``. q, pool, out: contiguous, of one dtype: bfloat16, float16 or
+    float32. Sums are float32.
     """
     (R, H, D), G = q.shape, pool.shape[2]
     width = triton.next_power_of_2(D)
@@ -48,7 +51,8 @@ def path_attention(q: torch.Tensor, pool: torch.Tensor, keys: PagedPaths, block:
         num_warps=4,
         num_stages=2,
     )
-    return parts.merged(q, keys.first, keys.length, nodes_in_first=False)
+    out = torch.empty_like(q) if out is None else out
+    return parts.merged(out, keys.first, keys.length, nodes_in_first=False)
 
 
 @triton.jit(

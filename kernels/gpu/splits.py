@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 SPLIT = 256
-"""Positions that one program attends; a multiple of every chunk."""
+"""Positions that one program attends, at least; a multiple of every chunk."""
 _CHUNK_BYTES = 2**15
 """Keys and values of one chunk; two of them are on the way, and shared memory is some 100 KB."""
 
@@ -26,19 +26,20 @@ class Parts:
     scores, which weights are relative to. totals: ``[splits, R, H]``, sums of weights.
     """
 
-    def __init__(self, q: torch.Tensor, splits: int) -> None:
+    def __init__(self, q: torch.Tensor, splits: int, split: int = SPLIT) -> None:
+        """split: positions of each."""
+        self._split = split
         self.values = q.new_empty((splits, *q.shape), dtype=torch.float32)
         self.tops, self.totals = q.new_empty((2, splits, *q.shape[:2]), dtype=torch.float32)
 
     def merged(
-        self, q: torch.Tensor, first: torch.Tensor, stop: torch.Tensor, *, nodes_in_first: bool
+        self, out: torch.Tensor, first: torch.Tensor, stop: torch.Tensor, *, nodes_in_first: bool
     ) -> torch.Tensor:
-        """The result ``[R, H, D]`` of rows that attended positions ``[first, stop)``.
+        """``out`` ``[R, H, D]``, filled with the results of rows that attended positions ``[first, stop)``.
 
         nodes_in_first: the first split holds keys for every row, whatever its positions.
         """
-        out = torch.empty_like(q)
-        R, H, D = q.shape
+        R, H, D = out.shape
         _merge[(R, H)](
             self.values,
             self.tops,
@@ -48,7 +49,7 @@ class Parts:
             out,
             D=D,
             WIDTH=triton.next_power_of_2(D),
-            SPLIT=SPLIT,
+            SPLIT=self._split,
             NODES_IN_FIRST=nodes_in_first,
             num_warps=1,
         )

@@ -13,29 +13,35 @@ from outrider.kernels.paged_attention import TreeKeys
 
 _SMALLEST_TILE, _LARGEST_TILE = 16, 64
 """Queries of one program: what tensor cores take at least, and what registers hold of scores."""
+_ROW_SPLITS = 4096
+"""Rows times splits of the largest call, about."""
 _TILE_BYTES = 2**14
 """Queries of one program; with more, registers do not hold their results either."""
 
 
-def tree_attention(q: torch.Tensor, pool: torch.Tensor, keys: TreeKeys, block: int) -> torch.Tensor:
-    """Attention ``[R, H, D]`` in q's dtype; see ``tree_attention_reference``.
+def tree_attention(
+    q: torch.Tensor, pool: torch.Tensor, keys: TreeKeys, block: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention ``[R, H, D]`` in q's dtype, in ``out`` if that is given; see ``tree_attention_reference``.
 
-    q, pool: contiguous, of one dtype: bfloat16, float16 or float32. Sums are float32.
+    q, pool, out: contiguous, of one dtype: bfloat16, float16 or float32. Sums are float32.
     """
     (R, H, D), G = q.shape, pool.shape[2]
     S, W = len(keys.table_starts), keys.ancestors.shape[1]
     Q, width = H // G, triton.next_power_of_2(D)
     tile = _tile_of(-(-R // S), Q, width * q.itemsize)
     tile_rows = tile // Q
-    splits = max(1, triton.cdiv(keys.longest, SPLIT))
-    parts = Parts(q, splits) if splits > 1 else None
-    out = torch.empty_like(q) if parts is None else parts.values
+    split = _split_of(R, keys.longest)
+    splits = max(1, triton.cdiv(keys.longest, split))
+    parts = Parts(q, splits, split) if splits > 1 else None
+    out = torch.empty_like(q) if out is None else out
+    target = out if parts is None else parts.values
     # Every sequence may leave its last tile partly empty, so this is enough tiles for any lengths.
     _attend_tiles[(R // tile_rows + S, G, splits)](
         q,
         pool,
-        out,
-        *((out, out) if parts is None else (parts.tops, parts.totals)),
+        target,
+        *((target, target) if parts is None else (parts.tops, parts.totals)),
         keys.row_starts,
         keys.tables,
         keys.table_starts,
@@ -55,13 +61,19 @@ def tree_attention(q: torch.Tensor, pool: torch.Tensor, keys: TreeKeys, block: i
         TILE_ROWS=tile_rows,
         CHUNK=chunk_of(pool, width),
         WIDTH=width,
-        SPLIT=SPLIT,
+        SPLIT=split,
         SEQUENCES=triton.next_power_of_2(S),
         WHOLE=parts is None,
         num_warps=4,
         num_stages=2,
     )
-    return out if parts is None else parts.merged(q, keys.first, keys.seen, nodes_in_first=True)
+    return out if parts is None else parts.merged(out, keys.first, keys.seen, nodes_in_first=True)
+
+
+def _split_of(rows: int, longest: int) -> int:
+    """Positions of a split: many rows fill a device without being split, and each split takes memory."""
+    wanted: int = triton.next_power_of_2(triton.cdiv(longest * rows, _ROW_SPLITS))
+    return max(SPLIT, wanted)
 
 
 def _tile_of(rows: int, Q: int, query_bytes: int) -> int:
@@ -155,7 +167,8 @@ def _attend_tiles(
     real = (member < TILE_ROWS * Q) & (row < stop_row)
     begins = tl.load(first + row, mask=real, other=2147483647).to(tl.int32)
     ends = tl.load(seen + row, mask=real, other=0).to(tl.int32)
-    begin = tl.maximum(tl.min(begins), split * SPLIT) // CHUNK * CHUNK
+    lowest = tl.maximum(tl.min(begins), split * SPLIT)
+    begin = lowest // CHUNK * CHUNK
     end = tl.minimum(tl.max(ends), split * SPLIT + SPLIT)
     if (split > 0) & (begin >= end):
         return
@@ -173,7 +186,8 @@ def _attend_tiles(
     table = tables + tl.load(table_starts + sequence)
     for start in range(begin, end, CHUNK):
         positions = start + lanes
-        there = positions < end
+        # Behind the window there may be no block any more.
+        there = (positions >= lowest) & (positions < end)
         blocks = tl.load(table + positions // B, mask=there, other=0).to(tl.int64)
         entries = (blocks * B + positions % B) * (2 * STEP)
         scores, values = _scores(queries, keys, entries, there, columns, D, STEP)

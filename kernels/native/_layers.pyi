@@ -1,3 +1,5 @@
+calls: object
+
 def rms_norm(
     kind: int, x: int, delta: int, weight: int, out: int, rows: int, size: int, eps: float, /
 ) -> None: ...

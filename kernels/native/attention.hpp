@@ -2,6 +2,7 @@
 //
 // A row goes through its own keys alone, in the order of their positions, and every sum has one
 // fixed order: its bits depend on its path, not on where the keys lie or who else is computed.
+// Rows of one text go through what they share together, so that keys come into the nearest cache once.
 
 // Turns pairs of numbers: `turns` are complex numbers, one per pair.
 INLINE void rotate(const float* x, const float* turns, float* out, size_t size) {
@@ -39,19 +40,41 @@ static void place(const Attention& a, size_t row, float* queries) {
     }
 }
 
-// Scores of eight keys.
-INLINE Vec scores_of(const float* query, const float* const* keys, size_t D) {
-    Vec products[LANES] = {};
-    size_t i = 0;
-    for (; i + LANES <= D; i += LANES) {
-        Vec part = load(query + i);
-        for (size_t k = 0; k < LANES; k++) products[k] = fma(load(keys[k] + i), part, products[k]);
+// Keys as columns, [dim][KEYS]; their number is a multiple of LANES.
+INLINE void turn(const float* const* keys, size_t count, size_t D, float* into) {
+    for (size_t k = 0; k < count; k += LANES)
+        for (size_t i = 0; i < D; i += LANES) {
+            Vec tile[LANES];
+            for (size_t n = 0; n < LANES; n++) tile[n] = load(keys[k + n] + i, D - i);
+            transpose(tile);
+            for (size_t n = 0; n < std::min(LANES, D - i); n++) store(tile[n], into + (i + n) * KEYS + k);
+        }
+}
+
+// Scores of VECS vectors of keys for QUERIES queries. turned: [dim][KEYS]. queries: [dim][of `columns`].
+// into: [query][of `apart`]. A score is one sum, along the head.
+template <size_t QUERIES, size_t VECS>
+INLINE void score(const float* turned, const float* queries, size_t columns, size_t D, float* into, size_t apart) {
+    Vec sums[QUERIES][VECS] = {};
+    for (size_t d = 0; d < D; d++, turned += KEYS, queries += columns) {
+        Vec keys[VECS];
+        for (size_t v = 0; v < VECS; v++) keys[v] = load(turned + v * LANES);
+        for (size_t q = 0; q < QUERIES; q++) {
+            Vec query = splat(queries[q]);
+            for (size_t v = 0; v < VECS; v++) sums[q][v] = fma(keys[v], query, sums[q][v]);
+        }
     }
-    if (i < D) {
-        Vec part = load(query + i, D - i);
-        for (size_t k = 0; k < LANES; k++) products[k] = fma(load(keys[k] + i, D - i), part, products[k]);
-    }
-    return sums(products);
+    for (size_t q = 0; q < QUERIES; q++)
+        for (size_t v = 0; v < VECS; v++) store(sums[q][v], into + q * apart + v * LANES);
+}
+
+template <size_t QUERIES>
+INLINE void score_all(const float* turned, size_t count, const float* queries, size_t columns, size_t D, float* into,
+                      size_t apart) {
+    size_t k = 0;
+    for (; k + 4 * LANES <= count; k += 4 * LANES)
+        score<QUERIES, 4>(turned + k, queries, columns, D, into + k, apart);
+    for (; k < count; k += LANES) score<QUERIES, 1>(turned + k, queries, columns, D, into + k, apart);
 }
 
 // From scores to weights that are yet to be divided by what is returned; `count` is a multiple of LANES.
@@ -61,8 +84,9 @@ INLINE float weigh(float* scores, size_t count) {
         Vec value = load(scores + j);
         most = either(value > most, value, most);
     }
-    float top = most[0];
-    for (size_t i = 1; i < LANES; i++) top = most[i] > top ? most[i] : top;
+    float each[LANES];
+    store(most, each);
+    const float top = *std::max_element(each, each + LANES);
     for (size_t j = 0; j < count; j += LANES) {
         Vec weight = exponential(load(scores + j) - top);
         total += weight;
@@ -71,12 +95,13 @@ INLINE float weigh(float* scores, size_t count) {
     return sum(total);
 }
 
-// Weighted sums of values for QUERIES queries, VECS vectors of each.
+// Adds weighted values to the sums of QUERIES queries, VECS vectors of each, `apart` floats apart.
 template <size_t QUERIES, size_t VECS>
 INLINE void mix(const float* const* keys, size_t to_value, const float* weights, size_t stride, size_t count,
-                Vec (&totals)[QUERIES][VECS]) {
-    for (auto& of_query : totals)
-        for (Vec& total : of_query) total = Vec{};
+                float* sums, size_t apart) {
+    Vec totals[QUERIES][VECS];
+    for (size_t q = 0; q < QUERIES; q++)
+        for (size_t v = 0; v < VECS; v++) totals[q][v] = load(sums + q * apart + v * LANES);
     for (size_t j = 0; j < count; j++) {
         const float* value = keys[j] + to_value;
         for (size_t v = 0; v < VECS; v++) {
@@ -85,52 +110,154 @@ INLINE void mix(const float* const* keys, size_t to_value, const float* weights,
                 totals[q][v] = fma(splat(weights[q * stride + j]), part, totals[q][v]);
         }
     }
+    for (size_t q = 0; q < QUERIES; q++)
+        for (size_t v = 0; v < VECS; v++) store(totals[q][v], sums + q * apart + v * LANES);
 }
 
-template <size_t QUERIES, class T>
-INLINE void attended(const float* const* keys, size_t to_value, const float* weights, size_t stride, size_t count,
-                     const float* shares, size_t D, T* out) {
+template <size_t QUERIES>
+INLINE void mix_heads(const float* const* keys, size_t to_value, const float* weights, size_t stride, size_t count,
+                      float* sums, size_t apart, size_t D) {
     size_t i = 0;
-    for (; i + 4 * LANES <= D; i += 4 * LANES) {
-        Vec totals[QUERIES][4];
-        mix<QUERIES, 4>(keys, to_value + i, weights, stride, count, totals);
-        for (size_t q = 0; q < QUERIES; q++)
-            for (size_t v = 0; v < 4; v++) store(totals[q][v] * shares[q], out + q * D + i + v * LANES);
-    }
-    for (; i + LANES <= D; i += LANES) {
-        Vec totals[QUERIES][1];
-        mix<QUERIES, 1>(keys, to_value + i, weights, stride, count, totals);
-        for (size_t q = 0; q < QUERIES; q++) store(totals[q][0] * shares[q], out + q * D + i);
-    }
+    for (; i + 4 * LANES <= D; i += 4 * LANES)
+        mix<QUERIES, 4>(keys, to_value + i, weights, stride, count, sums + i, apart);
+    for (; i + LANES <= D; i += LANES) mix<QUERIES, 1>(keys, to_value + i, weights, stride, count, sums + i, apart);
     if (i == D) return;
     for (size_t q = 0; q < QUERIES; q++) {
-        Vec total = {};
+        Vec total = load(sums + q * apart + i);
         for (size_t j = 0; j < count; j++)
             total = fma(splat(weights[q * stride + j]), load(keys[j] + to_value + i, D - i), total);
-        store(total * shares[q], out + q * D + i, D - i);
+        store(total, sums + q * apart + i);
     }
 }
 
-// The heads that share one key head, of one row.
-template <class T>
-static void attend(const Attention& a, const float* queries, size_t row, size_t g, Buffers& buffers) {
-    const size_t D = a.dim, Q = a.heads / a.kv_heads, G = a.kv_heads;
-    const size_t count = a.find_keys(row, g, buffers.keys), padded = buffers.keys.size();
-    const float* const* keys = buffers.keys.data();
-    buffers.scores.resize(Q * padded);
-    buffers.shares.resize(Q);
-    float* scores = buffers.scores.data();
-    for (size_t q = 0; q < Q; q++) {
-        const float* query = queries + (row * a.heads + g * Q + q) * D;
-        float* own = scores + q * padded;
-        for (size_t j = 0; j < padded; j += LANES) store(scores_of(query, keys + j, D), own + j);
-        for (size_t j = count; j < padded; j++) own[j] = -INFINITY;
-        buffers.shares[q] = 1.0f / weigh(own, padded);
+// The rows [first, last) of one text, for the query heads that share key head g.
+struct Together {
+    const Attention& a;
+    size_t first, rows, g;
+    size_t Q, D, apart;    // query heads; floats of a head, and between the sums of two
+    size_t shared, width;  // keys that all rows have; floats between the scores of two queries
+    size_t own_width;      // between what two rows have of their own
+    Buffers& buffers;
+
+    Together(const Attention& a, const float* queries, size_t first, size_t last, size_t g, Buffers& buffers)
+        : a(a), first(first), rows(last - first), g(g), Q(a.heads / a.kv_heads), D(a.dim), apart(whole(D)),
+          shared(a.length(first)), width(0), buffers(buffers) {
+        for (size_t row = first; row < last; row++) {
+            shared = std::min(shared, static_cast<size_t>(a.seen[row] - a.first[row]));
+            width = std::max(width, a.length(row));
+        }
+        own_width = whole(width - shared);
+        width = shared + own_width + LANES;  // vectors that begin anywhere fit in
+        buffers.keys.resize(whole(shared) + rows * own_width);
+        buffers.scores.resize(rows * Q * width);
+        buffers.sums.assign(rows * Q * apart, 0.0f);
+        buffers.queries.resize(D * rows * Q);
+        buffers.turned.resize(D * KEYS);
+        a.find_keys(first, g, 0, whole(shared), buffers.keys.data());
+        for (size_t r = 0; r < rows; r++) {
+            a.find_keys(first + r, g, shared, shared + whole(own(r)), own_keys(r));
+            for (size_t q = 0; q < Q; q++) {
+                const float* query = queries + ((first + r) * a.heads + g * Q + q) * D;
+                for (size_t d = 0; d < D; d++) buffers.queries[d * rows * Q + r * Q + q] = query[d];
+            }
+        }
     }
-    T* out = static_cast<T*>(a.out) + (row * a.heads + g * Q) * D;
-    size_t q = 0;
-    for (; q + 3 <= Q; q += 3)
-        attended<3>(keys, G * D, scores + q * padded, padded, count, buffers.shares.data() + q, D, out + q * D);
-    for (; q < Q; q++)
-        attended<1>(keys, G * D, scores + q * padded, padded, count, buffers.shares.data() + q, D, out + q * D);
+
+    static size_t whole(size_t count) { return (count + LANES - 1) / LANES * LANES; }
+    size_t own(size_t r) const { return a.length(first + r) - shared; }
+    const float** own_keys(size_t r) const { return buffers.keys.data() + whole(shared) + r * own_width; }
+    float* scores_of_row(size_t r) const { return buffers.scores.data() + r * Q * width; }
+
+    void score() const {
+        for (size_t from = 0; from < shared; from += KEYS)
+            score_block(buffers.keys.data() + from, from, std::min(KEYS, shared - from), 0, rows, whole(shared));
+        for (size_t r = 0; r < rows; r++)
+            for (size_t from = 0; from < own(r); from += KEYS)
+                score_block(own_keys(r) + from, shared + from, std::min(KEYS, own(r) - from), r, r + 1, 0);
+    }
+
+    // Of a block of keys for the rows [row, last). Memory is asked for the values, which are wanted when all
+    // scores are known, and for the keys of the next block, if there are `known`, a bit between two products.
+    void score_block(const float* const* keys, size_t from, size_t count, size_t row, size_t last, size_t known) const {
+        turn(keys, whole(count), D, buffers.turned.data());
+        const size_t columns = rows * Q, stop = last * Q;
+        for (size_t n = row * Q, done = 0; n < stop;) {
+            const float* queries = buffers.queries.data() + n;
+            float* into = buffers.scores.data() + n * width + from;
+            // Their sums stay in registers, of which those of 16 numbers are twice as many.
+            const size_t left = stop - n, some = left >= 6 && LANES > 8 ? 6 : left >= 3 ? 3 : 1;
+            if (some == 6)
+                score_all<6>(buffers.turned.data(), whole(count), queries, columns, D, into, width);
+            else if (some == 3)
+                score_all<3>(buffers.turned.data(), whole(count), queries, columns, D, into, width);
+            else
+                score_all<1>(buffers.turned.data(), whole(count), queries, columns, D, into, width);
+            n += some;
+            for (const size_t due = count * (n - row * Q) / (stop - row * Q); done < due; done++)
+                fetch(keys + done, from + done + KEYS < known);
+        }
+    }
+
+    // Asks for a value, and for the key that is a block further.
+    void fetch(const float* const* key, bool further) const {
+        for (size_t i = 0; i < D; i += 16) {
+            __builtin_prefetch(key[0] + a.kv_heads * D + i);
+            if (further) __builtin_prefetch(key[KEYS] + i);
+        }
+    }
+
+    // Scores become weights; what these are yet to be divided by goes into `totals`, [rows][Q].
+    void weigh_keys(float* totals) const {
+        for (size_t r = 0; r < rows; r++)
+            for (size_t q = 0; q < Q; q++) {
+                float* of_query = scores_of_row(r) + q * width;
+                const size_t count = a.length(first + r);
+                std::fill(of_query + count, of_query + whole(count), -INFINITY);
+                *totals++ = weigh(of_query, whole(count));
+            }
+    }
+
+    void add_values() const {
+        for (size_t from = 0; from < shared; from += KEYS)
+            for (size_t r = 0; r < rows; r++)
+                add_block(buffers.keys.data() + from, from, std::min(KEYS, shared - from), r);
+        for (size_t r = 0; r < rows; r++) add_block(own_keys(r), shared, own(r), r);
+    }
+
+    void add_block(const float* const* keys, size_t from, size_t count, size_t r) const {
+        const float* weights = scores_of_row(r) + from;
+        float* into = buffers.sums.data() + r * Q * apart;
+        size_t q = 0;
+        for (; q + 3 <= Q; q += 3)
+            mix_heads<3>(keys, a.kv_heads * D, weights + q * width, width, count, into + q * apart, apart, D);
+        for (; q < Q; q++)
+            mix_heads<1>(keys, a.kv_heads * D, weights + q * width, width, count, into + q * apart, apart, D);
+    }
+
+    template <class T>
+    void write(const float* totals) const {
+        const float* mixed = buffers.sums.data();
+        for (size_t r = 0; r < rows; r++) {
+            T* out = static_cast<T*>(a.out) + ((first + r) * a.heads + g * Q) * D;
+            for (size_t q = 0; q < Q; q++, out += D, mixed += apart) {
+                const float share = 1.0f / *totals++;
+                for (size_t i = 0; i < D; i += LANES) store(load(mixed + i) * share, out + i, D - i);
+            }
+        }
+    }
+};
+
+// Rows [first, last), of one text or several.
+template <class T>
+static void attend(const Attention& a, const float* queries, size_t first, size_t last, size_t g, Buffers& buffers) {
+    while (first < last) {
+        const size_t end = a.end_of_run(first, std::min(last, first + ROWS));
+        const Together rows(a, queries, first, end, g, buffers);
+        buffers.totals.resize(rows.rows * rows.Q);
+        rows.score();
+        rows.weigh_keys(buffers.totals.data());
+        rows.add_values();
+        rows.write<T>(buffers.totals.data());
+        first = end;
+    }
 }

@@ -1,5 +1,6 @@
 // The Python module: packed weights that are called with addresses.
 
+#include "layer_calls.hpp"
 #include "selecting.hpp"
 
 namespace {
@@ -28,7 +29,7 @@ PyObject* packed_call(PyObject* self, PyObject* const* args, size_t nargs, PyObj
 }
 
 PyObject* packed_new(PyTypeObject* type, PyObject* args, PyObject*) {
-    size_t a[5];  // weights, kind, outs, ins, bias or 0
+    size_t a[6];  // weights, kind, outs, ins, bias or 0, scales of weights of eight bits or 0
     if (!read_all(&PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), a)) return nullptr;
     if (a[1] > 1) return PyErr_Format(PyExc_ValueError, "unknown kind %zu", a[1]);
     PyObject* object = type->tp_alloc(type, 0);
@@ -38,7 +39,8 @@ PyObject* packed_new(PyTypeObject* type, PyObject* args, PyObject*) {
     Py_BEGIN_ALLOW_THREADS
     try {
         packed->weights = new outrider::Weights(static_cast<outrider::Kind>(a[1]), reinterpret_cast<const void*>(a[0]),
-                                                a[2], a[3], reinterpret_cast<const float*>(a[4]));
+                                                a[2], a[3], reinterpret_cast<const float*>(a[4]),
+                                                reinterpret_cast<const float*>(a[5]));
     } catch (const std::bad_alloc&) {
     }
     Py_END_ALLOW_THREADS
@@ -55,7 +57,7 @@ void packed_dealloc(PyObject* self) {
 PyTypeObject packed_type = [] {
     PyTypeObject type = {PyVarObject_HEAD_INIT(nullptr, 0)};
     type.tp_name = "outrider.kernels.native._linear.Packed";
-    type.tp_doc = "Packed(weights, kind, outs, ins, bias): weights in the kernels' layout; called as (x, y, rows, threads).";
+    type.tp_doc = "Packed(weights, kind, outs, ins, bias, scales): weights in the kernels' layout; called as (x, y, rows, threads).";
     type.tp_basicsize = sizeof(PackedObject);
     type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
     type.tp_new = packed_new;
@@ -64,6 +66,8 @@ PyTypeObject packed_type = [] {
     type.tp_vectorcall_offset = offsetof(PackedObject, call);
     return type;
 }();
+
+#include "stack.hpp"
 
 PyObject* threaded(PyObject*, PyObject*) { return PyBool_FromLong(static_cast<bool>(outrider::OpenMP::get())); }
 
@@ -80,8 +84,7 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_linear", "Linear layers for few r
 
 PyMODINIT_FUNC PyInit__linear(void) {
     select_fastest();
-    if (PyType_Ready(&packed_type)) return nullptr;
     PyObject* created = PyModule_Create(&module);
-    if (created && PyModule_AddObjectRef(created, "Packed", reinterpret_cast<PyObject*>(&packed_type))) Py_CLEAR(created);
+    if (created && (PyModule_AddType(created, &packed_type) || PyModule_AddType(created, &stack_type))) Py_CLEAR(created);
     return created;
 }

@@ -10,73 +10,43 @@
 #include <cstring>
 #include <vector>
 
+#include "attention_job.hpp"
 #include "numbers.hpp"
 #include "openmp.hpp"
 
 namespace outrider {
 
-constexpr size_t LANES = 8;
-constexpr size_t MAX_DIM = 1024;              // of a head
 constexpr size_t THREAD_PRODUCTS = 1u << 18;  // that are worth waking a thread for
-
-// One call. All arrays are dense; sizes stand in kernels/path_attention.py.
-struct Attention {
-    size_t rows, heads, kv_heads, dim, block;
-    const void* projected;  // [rows][heads + 2 * kv_heads][dim]
-    const float* turns;     // [rows][2][dim]: of queries, and of keys
-    const float* norm;      // [heads + kv_heads][dim], or nothing
-    float eps;
-    const int64_t* slots;         // [rows], where keys and values go
-    float* pool;                  // [slots][2][kv_heads][dim]
-    const int64_t* tables;        // of blocks, all sequences' behind one another
-    const int64_t* table_starts;  // [rows]
-    const int64_t* first;         // [rows], the first position of the committed text that a row attends
-    const int64_t* seen;          // [rows], the position behind the last one
-    const int64_t* nodes;         // slots of the paths below
-    const int64_t* node_starts;   // [rows + 1]
-    void* out;                    // [rows][heads][dim]
-
-    size_t length(size_t row) const {
-        return static_cast<size_t>(seen[row] - first[row] + node_starts[row + 1] - node_starts[row]);
-    }
-
-    // Where the row's keys of head g lie; the last one again until LANES divides their number.
-    size_t find_keys(size_t row, size_t g, std::vector<const float*>& keys) const {
-        const size_t entry = 2 * kv_heads * dim, count = length(row), stop = static_cast<size_t>(seen[row]);
-        keys.resize((count + LANES - 1) / LANES * LANES);
-        const int64_t* table = tables + table_starts[row];
-        const float* head = pool + g * dim;
-        size_t j = 0;
-        for (size_t p = static_cast<size_t>(first[row]); p < stop;) {
-            const float* key = head + (static_cast<size_t>(table[p / block]) * block + p % block) * entry;
-            for (size_t end = std::min(stop, p - p % block + block); p < end; p++, key += entry) keys[j++] = key;
-        }
-        for (const int64_t* node = nodes + node_starts[row]; j < count; j++, node++)
-            keys[j] = head + static_cast<size_t>(*node) * entry;
-        for (; j < keys.size(); j++) keys[j] = keys[j - 1];
-        return count;
-    }
-};
-
-typedef float Vec __attribute__((vector_size(32), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(32), aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(16), aligned(2)));
+constexpr size_t ROWS = 16;                   // that go through keys together
+constexpr size_t KEYS = 64;                   // of a block that all of them go through before the next
 
 struct Buffers {
     std::vector<const float*> keys;
-    std::vector<float> scores, shares;
+    std::vector<float> queries, turned, scores, sums, totals;
 };
+
+// Vectors of so many floats, for the kernels of one instruction set.
+#define VECTORS(count)                                                                     \
+    constexpr size_t LANES = count;                                                        \
+    typedef float Vec __attribute__((vector_size(4 * count), aligned(4)));                 \
+    typedef int32_t Ints __attribute__((vector_size(4 * count), aligned(4)));              \
+    typedef uint16_t Halves __attribute__((vector_size(2 * count), aligned(2)));
 
 namespace portable {
 
+VECTORS(8)
+
+INLINE Vec splat(float x) { return Vec{x, x, x, x, x, x, x, x}; }
+
 INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
-// The sums of eight vectors.
-INLINE Vec sums(const Vec* of) {
-    Vec result;
-    for (size_t k = 0; k < LANES; k++)
-        result[k] = ((of[k][0] + of[k][1]) + (of[k][2] + of[k][3])) + ((of[k][4] + of[k][5]) + (of[k][6] + of[k][7]));
-    return result;
+INLINE void transpose(Vec* tile) {
+    for (size_t i = 0; i < LANES; i++)
+        for (size_t j = 0; j < i; j++) {
+            float upper = tile[j][i];
+            tile[j][i] = tile[i][j];
+            tile[i][j] = upper;
+        }
 }
 
 #include "vectors.hpp"
@@ -94,12 +64,31 @@ INLINE Vec sums(const Vec* of) {
 #endif
 namespace avx2 {
 
+VECTORS(8)
+
+INLINE Vec splat(float x) { return _mm256_set1_ps(x); }
+
 INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
-INLINE Vec sums(const Vec* of) {
-    __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(of[0], of[1]), _mm256_hadd_ps(of[2], of[3]));
-    __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(of[4], of[5]), _mm256_hadd_ps(of[6], of[7]));
-    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+INLINE void transpose(Vec* tile) {
+    __m256 pairs[8], fours[8];
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 8; i += 2) {
+        pairs[i] = _mm256_unpacklo_ps(tile[i], tile[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_ps(tile[i], tile[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (size_t i = 0; i < 8; i += 4) {
+        fours[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+        fours[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+        fours[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+        fours[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; i++) {
+        tile[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+        tile[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+    }
 }
 
 #include "vectors.hpp"
@@ -107,6 +96,58 @@ INLINE Vec sums(const Vec* of) {
 #include "attention.hpp"
 
 }  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
+#endif
+namespace avx512 {
+
+VECTORS(16)
+
+INLINE Vec splat(float x) { return _mm512_set1_ps(x); }
+
+INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+
+INLINE void transpose(Vec* tile) {
+    __m512 pairs[16], fours[16], eights[16];
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_ps(tile[i], tile[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_ps(tile[i], tile[i + 1]);
+    }
+    // fours[4 i + j]: of the vectors from 4 i on, the numbers j, j + 4, j + 8 and j + 12.
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 16; i += 4) {
+        fours[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+        fours[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+        fours[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+        fours[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (size_t j = 0; j < 4; j++) {
+        eights[j] = _mm512_shuffle_f32x4(fours[j], fours[4 + j], 0x88);
+        eights[4 + j] = _mm512_shuffle_f32x4(fours[j], fours[4 + j], 0xdd);
+        eights[8 + j] = _mm512_shuffle_f32x4(fours[8 + j], fours[12 + j], 0x88);
+        eights[12 + j] = _mm512_shuffle_f32x4(fours[8 + j], fours[12 + j], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (size_t j = 0; j < 4; j++) {
+        tile[j] = _mm512_shuffle_f32x4(eights[j], eights[8 + j], 0x88);
+        tile[4 + j] = _mm512_shuffle_f32x4(eights[4 + j], eights[12 + j], 0x88);
+        tile[8 + j] = _mm512_shuffle_f32x4(eights[j], eights[8 + j], 0xdd);
+        tile[12 + j] = _mm512_shuffle_f32x4(eights[4 + j], eights[12 + j], 0xdd);
+    }
+}
+
+#include "vectors.hpp"
+#include "pointwise.hpp"
+#include "attention.hpp"
+
+}  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -120,7 +161,7 @@ struct Kernels {
     void (*rms_norm)(T*, const T*, const T*, T*, size_t, size_t, float);
     void (*silu_mul)(const T*, T*, size_t, size_t);
     void (*place)(const Attention&, size_t, float*);
-    void (*attend)(const Attention&, const float*, size_t, size_t, Buffers&);
+    void (*attend)(const Attention&, const float*, size_t, size_t, size_t, Buffers&);
 };
 
 struct Path {
@@ -138,13 +179,11 @@ struct Path {
     }
 };
 
-static bool always() { return true; }
-
 #define OF(set, T) {set::rms_norm<T>, set::silu_mul<T>, set::place<T>, set::attend<T>}
 static const Path PATHS[] = {
 #if OUTRIDER_X86
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, OF(avx2, uint16_t),
-     OF(avx2, float)},
+    {"avx512", has_avx512, OF(avx512, uint16_t), OF(avx512, float)},
+    {"avx2", has_avx2, OF(avx2, uint16_t), OF(avx2, float)},
 #endif
     {"portable", always, OF(portable, uint16_t), OF(portable, float)},
 };
@@ -165,7 +204,11 @@ static void attention(const Path& path, const Attention& a, size_t threads) {
     // Head by head, so that its keys stay near while one row after the other goes through them.
     in_parts(a.rows * a.kv_heads, threads, [&](size_t first, size_t last) {
         static thread_local Buffers buffers;
-        for (size_t i = first; i < last; i++) kernels.attend(a, queries.data(), i % a.rows, i / a.rows, buffers);
+        for (size_t end; first < last; first = end) {
+            const size_t g = first / a.rows;
+            end = std::min(last, (g + 1) * a.rows);
+            kernels.attend(a, queries.data(), first - g * a.rows, end - g * a.rows, g, buffers);
+        }
     });
 }
 

@@ -1,5 +1,6 @@
 // The Python module: functions that are called with addresses.
 
+#include "layer_calls.hpp"
 #include "selecting.hpp"
 
 namespace {
@@ -10,49 +11,59 @@ T* at(size_t address) {
 }
 
 template <class T>
-void norm(const size_t (&a)[7], float eps) {
-    selected.load()->kernels<T>().rms_norm(at<T>(a[1]), at<T>(a[2]), at<T>(a[3]), at<T>(a[4]), a[5], a[6], eps);
+void norm_rows(void* x, const void* add, const void* weight, void* out, size_t rows, size_t size, float eps) {
+    selected.load()->kernels<T>().rms_norm(static_cast<T*>(x), static_cast<const T*>(add), static_cast<const T*>(weight),
+                                           static_cast<T*>(out), rows, size, eps);
 }
+
+template <class T>
+void activate_rows(const void* gate_up, void* out, size_t rows, size_t size) {
+    selected.load()->kernels<T>().silu_mul(static_cast<const T*>(gate_up), static_cast<T*>(out), rows, size);
+}
+
+const outrider::LayerCalls calls = {
+    [](size_t kind, void* x, const void* add, const void* weight, void* out, size_t rows, size_t size, float eps) {
+        (kind ? norm_rows<float> : norm_rows<uint16_t>)(x, add, weight, out, rows, size, eps);
+    },
+    [](size_t kind, const void* gate_up, void* out, size_t rows, size_t size) {
+        (kind ? activate_rows<float> : activate_rows<uint16_t>)(gate_up, out, rows, size);
+    },
+    [](size_t kind, const outrider::Attention& job, size_t threads) {
+        (kind ? outrider::attention<float> : outrider::attention<uint16_t>)(*selected.load(), job, threads);
+    },
+};
 
 PyObject* rms_norm(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     size_t a[7];  // kind, x, delta or 0, weight, out, rows, size; eps
     if (!read_all(args, nargs - 1, a)) return nullptr;
     double eps = PyFloat_AsDouble(args[7]);
     if (eps == -1.0 && PyErr_Occurred()) return nullptr;
-    a[0] ? norm<float>(a, static_cast<float>(eps)) : norm<uint16_t>(a, static_cast<float>(eps));
+    calls.rms_norm(a[0], at<void>(a[1]), at<void>(a[2]), at<void>(a[3]), at<void>(a[4]), a[5], a[6],
+                   static_cast<float>(eps));
     Py_RETURN_NONE;
 }
 
 PyObject* silu_mul(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     size_t a[5];  // kind, gate_up, out, rows, size
     if (!read_all(args, nargs, a)) return nullptr;
-    if (a[0])
-        selected.load()->float32.silu_mul(at<float>(a[1]), at<float>(a[2]), a[3], a[4]);
-    else
-        selected.load()->bfloat16.silu_mul(at<uint16_t>(a[1]), at<uint16_t>(a[2]), a[3], a[4]);
+    calls.silu_mul(a[0], at<void>(a[1]), at<void>(a[2]), a[3], a[4]);
     Py_RETURN_NONE;
 }
 
 PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-    size_t a[19];
-    if (!read_all(args, nargs - 1, a)) return nullptr;
+    size_t shared[13], a[6];  // see attention_of; kind, heads, norm or 0, pool, out, threads; eps
+    if (nargs != 20) return PyErr_Format(PyExc_TypeError, "20 arguments expected, %zd given", nargs);
+    if (!read_all(args, 13, shared) || !read_all(args + 13, 6, a)) return nullptr;
     double eps = PyFloat_AsDouble(args[19]);
     if (eps == -1.0 && PyErr_Occurred()) return nullptr;
-    if (a[4] > outrider::MAX_DIM) return PyErr_Format(PyExc_ValueError, "heads of %zu numbers", a[4]);
-    outrider::Attention job;
-    job.rows = a[1], job.heads = a[2], job.kv_heads = a[3], job.dim = a[4], job.block = a[5];
-    job.projected = at<const void>(a[6]), job.turns = at<const float>(a[7]), job.norm = at<const float>(a[8]);
-    job.slots = at<const int64_t>(a[9]), job.pool = at<float>(a[10]);
-    job.tables = at<const int64_t>(a[11]), job.table_starts = at<const int64_t>(a[12]);
-    job.first = at<const int64_t>(a[13]), job.seen = at<const int64_t>(a[14]);
-    job.nodes = at<const int64_t>(a[15]), job.node_starts = at<const int64_t>(a[16]);
-    job.out = at<void>(a[17]), job.eps = static_cast<float>(eps);
-    size_t threads = a[18];
+    outrider::Attention job = outrider::attention_of(shared);
+    if (job.dim > outrider::MAX_DIM) return PyErr_Format(PyExc_ValueError, "heads of %zu numbers", job.dim);
+    job.projected = at<const void>(a[1]), job.norm = at<const float>(a[2]), job.pool = at<float>(a[3]);
+    job.out = at<void>(a[4]), job.eps = static_cast<float>(eps);
     bool enough = true;
     Py_BEGIN_ALLOW_THREADS
     try {
-        a[0] ? outrider::attention<float>(*selected.load(), job, threads)
-             : outrider::attention<uint16_t>(*selected.load(), job, threads);
+        calls.attend(a[0], job, a[5]);
     } catch (const std::bad_alloc&) {
         enough = false;
     }
@@ -81,5 +92,11 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_layers", "What lies between a dec
 
 PyMODINIT_FUNC PyInit__layers(void) {
     select_fastest();
-    return PyModule_Create(&module);
+    PyObject* created = PyModule_Create(&module);
+    PyObject* lent = created ? PyCapsule_New(const_cast<outrider::LayerCalls*>(&calls),
+                                             outrider::LayerCalls::NAME, nullptr)
+                             : nullptr;
+    if (created && (!lent || PyModule_AddObjectRef(created, "calls", lent))) Py_CLEAR(created);
+    Py_XDECREF(lent);
+    return created;
 }

@@ -43,9 +43,19 @@ def load() -> ModuleType | None:
     return _linear
 
 
-def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> "Packed | None":
-    """A copy of the weights as the native kernel streams them; None if it cannot take them."""
-    if weight.device.type != "cpu" or weight.dtype not in KINDS or not weight.numel():
+def pack(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    dtype: torch.dtype | None = None,
+    scales: torch.Tensor | None = None,
+) -> "Packed | None":
+    """A copy of the weights as the native kernel streams them; None if it cannot take them.
+
+    scales: float32 ``[out]``, of int8 weights for rows of ``dtype``.
+    """
+    dtype = dtype or weight.dtype
+    if weight.device.type != "cpu" or dtype not in KINDS or not weight.numel():
         return None
     library = load()
     if library is None:
@@ -55,9 +65,10 @@ def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> "Packed | None":
     offsets = None if bias is None else bias.float().contiguous()
     packed: Packed = library.Packed(
         weight.data_ptr(),
-        KINDS[weight.dtype],
+        KINDS[dtype],
         *weight.shape,
         0 if offsets is None else offsets.data_ptr(),
+        0 if scales is None else scales.data_ptr(),
     )
     return packed
 

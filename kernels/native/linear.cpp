@@ -221,16 +221,29 @@ constexpr Block BY_AVX2[] = {avx2_block<T, 1>, avx2_block<T, 2>, avx2_block<T, 3
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
 
+// See join. In registers: compilers leave more than eight rows in memory.
+template <class T>
+INLINE AVX512 void join_sixteen(float* total, float* lost, __m512 chunk) {
+    __m512 before = _mm512_load_ps(total), sum = _mm512_add_ps(before, chunk);
+    if constexpr (sizeof(T) == 4) {
+        __m512 added = _mm512_sub_ps(sum, before);
+        __m512 error = _mm512_add_ps(_mm512_sub_ps(before, _mm512_sub_ps(sum, added)), _mm512_sub_ps(chunk, added));
+        _mm512_store_ps(lost, _mm512_add_ps(_mm512_load_ps(lost), error));
+    }
+    _mm512_store_ps(total, sum);
+}
+
 template <class T, size_t R>
 AVX512 static void avx512_block(const Job& job, const Pass& pass) {
     const T* w = reinterpret_cast<const T*>(job.weights->group(pass.group));
     const float* x = static_cast<const float*>(job.x) + pass.row * job.stride;
-    alignas(64) float sums[R * WIDTH] = {}, lost[R * WIDTH] = {}, of_chunk[R * WIDTH];
+    alignas(64) float sums[R * WIDTH] = {}, lost[R * WIDTH] = {};
     Lookahead ahead(*job.weights, pass);
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
     for (size_t start = 0; start < job.weights->padded; start += CHUNK<T>) {
         __m512 chunk[R][2];
-        for (auto& of_row : chunk) of_row[0] = of_row[1] = _mm512_setzero_ps();
+#pragma GCC unroll 12
+        for (size_t r = 0; r < R; r++) chunk[r][0] = chunk[r][1] = _mm512_setzero_ps();
         size_t end = std::min(start + CHUNK<T>, job.weights->padded);
         for (size_t k = start; k < end; k += TOGETHER<T>) {
             const char* line = reinterpret_cast<const char*>(w + k * WIDTH);
@@ -260,9 +273,11 @@ AVX512 static void avx512_block(const Job& job, const Pass& pass) {
                 }
             }
         }
-        for (size_t r = 0; r < R; r++)
-            for (size_t i = 0; i < 2; i++) _mm512_store_ps(of_chunk + r * WIDTH + i * 16, chunk[r][i]);
-        join<T>(sums, lost, of_chunk, R * WIDTH);
+#pragma GCC unroll 12
+        for (size_t r = 0; r < R; r++) {
+            join_sixteen<T>(sums + r * WIDTH, lost + r * WIDTH, chunk[r][0]);
+            join_sixteen<T>(sums + r * WIDTH + 16, lost + r * WIDTH + 16, chunk[r][1]);
+        }
     }
     recover(sums, lost, R * WIDTH);
     store<T>(job, pass.group, pass.row, R, sums);
@@ -313,6 +328,10 @@ AVX512_BF16 static void bf16_block(const Job& job, const Pass& pass) {
 #define BF16_BLOCK(R) bf16_block<R>
 constexpr Block BY_BF16[] = TWELVE(BF16_BLOCK);
 #endif
+
+// ---- weights of eight bits --------------------------------------------------------------------
+
+#include "int8.hpp"
 
 #if OUTRIDER_AMX
 // ---- AMX: up to 32 rows against 32 outputs and 32 inputs at once ----------------------------
@@ -417,18 +436,15 @@ struct Path {
     bool (*usable)();
     Kernel bfloat16, float32;
     bool widens;  // the bfloat16 kernel wants x in float32
+    Kernel int8_bfloat16, int8_float32;  // weights of eight bits, and the type of rows; x in float32
+
+    Kernel kernel(const Weights& w) const {
+        if (w.eight_bits()) return w.kind == Kind::bfloat16 ? int8_bfloat16 : int8_float32;
+        return w.kind == Kind::bfloat16 ? bfloat16 : float32;
+    }
 };
 
-static bool always() { return true; }
-
 #if OUTRIDER_X86
-static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-
-static bool has_avx512() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && has_avx2();
-}
-
 static bool has_avx512_bf16() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
@@ -446,39 +462,49 @@ static bool has_amx() {
 #endif
 
 #define KERNEL(blocks) by_blocks<sizeof(blocks) / sizeof(Block), blocks>
+#define BOTH(blocks) KERNEL(blocks<uint16_t>), KERNEL(blocks<float>)
 static const Path PATHS[] = {
 #if OUTRIDER_AMX
-    {"amx", has_amx, by_amx, KERNEL(BY_AVX512<float>), false},
+    {"amx", has_amx, by_amx, KERNEL(BY_AVX512<float>), false, BOTH(INT8_BY_AVX512)},
 #endif
 #if OUTRIDER_X86
-    {"avx512_bf16", has_avx512_bf16, KERNEL(BY_BF16), KERNEL(BY_AVX512<float>), false},
-    {"avx512", has_avx512, KERNEL(BY_AVX512<uint16_t>), KERNEL(BY_AVX512<float>), true},
-    {"avx2", has_avx2, KERNEL(BY_AVX2<uint16_t>), KERNEL(BY_AVX2<float>), true},
+    {"avx512_bf16", has_avx512_bf16, KERNEL(BY_BF16), KERNEL(BY_AVX512<float>), false, BOTH(INT8_BY_AVX512)},
+    {"avx512", has_avx512, BOTH(BY_AVX512), true, BOTH(INT8_BY_AVX512)},
+    {"avx2", has_avx2, BOTH(BY_AVX2), true, BOTH(INT8_BY_AVX2)},
 #endif
-    {"portable", always, KERNEL(PORTABLE<uint16_t>), KERNEL(PORTABLE<float>), true},
+    {"portable", always, BOTH(PORTABLE), true, BOTH(PORTABLE_INT8)},
 };
 
 // ---- one call -------------------------------------------------------------------------------
+
+// Rows of x as long as they are in the layout, zeros at their ends.
+template <class From, class To>
+static void lay_out(const From* x, size_t rows, Job& job, std::vector<To>& into) {
+    const Weights& w = *job.weights;
+    into.assign(rows * w.padded, 0);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t k = 0; k < w.ins; k++) {
+            if constexpr (sizeof(From) < sizeof(To))
+                into[r * w.padded + k] = to_float(x[r * w.ins + k]);
+            else
+                into[r * w.padded + k] = x[r * w.ins + k];
+        }
+    job.x = into.data();
+    job.stride = w.padded;
+}
 
 static void linear(const Path& path, const Weights& w, const void* x, void* y, size_t rows, size_t threads) {
     if (!rows || !w.outs) return;
     Job job{&w, x, w.ins, y, rows};
     static thread_local std::vector<float> floats;
-    static thread_local std::vector<uint16_t> filled;
-    const uint16_t* from = static_cast<const uint16_t*>(x);
-    if (w.kind == Kind::bfloat16 && path.widens) {
-        floats.assign(rows * w.padded, 0.0f);
-        for (size_t r = 0; r < rows; r++)
-            for (size_t k = 0; k < w.ins; k++) floats[r * w.padded + k] = to_float(from[r * w.ins + k]);
-        job.x = floats.data();
-        job.stride = w.padded;
-    } else if (w.kind == Kind::bfloat16 && w.ins != w.padded) {
-        filled.assign(rows * w.padded, 0);
-        for (size_t r = 0; r < rows; r++) std::copy_n(from + r * w.ins, w.ins, filled.data() + r * w.padded);
-        job.x = filled.data();
-        job.stride = w.padded;
-    }
-    Kernel kernel = w.kind == Kind::bfloat16 ? path.bfloat16 : path.float32;
+    static thread_local std::vector<uint16_t> halves;
+    if (w.kind == Kind::bfloat16 && (path.widens || w.eight_bits()))
+        lay_out(static_cast<const uint16_t*>(x), rows, job, floats);
+    else if (w.kind == Kind::bfloat16 && w.ins != w.padded)
+        lay_out(static_cast<const uint16_t*>(x), rows, job, halves);
+    else if (w.ins != w.padded)
+        lay_out(static_cast<const float*>(x), rows, job, floats);
+    Kernel kernel = path.kernel(w);
     threads = std::min({threads, w.groups, 1 + w.bytes() / THREAD_WORK});
     in_parts(w.groups, threads, [&](size_t first, size_t last) { kernel(job, first, last); });
 }

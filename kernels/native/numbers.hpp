@@ -1,4 +1,4 @@
-// bfloat16 numbers, as bits, and what kernels of every instruction set inline.
+// bfloat16 numbers, as bits; what kernels of every instruction set inline, and who can run them.
 
 #pragma once
 
@@ -31,5 +31,16 @@ INLINE float to_float(uint16_t value) {
     std::memcpy(&result, &bits, 4);
     return result;
 }
+
+inline bool always() { return true; }
+
+#if OUTRIDER_X86
+inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+inline bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && has_avx2();
+}
+#endif
 
 }  // namespace outrider

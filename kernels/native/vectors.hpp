@@ -1,7 +1,5 @@
-// Eight floats at a time. Included once per instruction set, within a namespace of its own and after
-// `fma` and `sums` were defined there; what is here is compiled for that instruction set.
-
-INLINE Vec splat(float value) { return Vec{} + value; }
+// LANES floats at a time. Included once per instruction set, within a namespace of its own and after the
+// types, `splat`, `fma` and `sums` were defined there; what is here is compiled for that instruction set.
 
 INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 
@@ -22,7 +20,7 @@ INLINE void store(Vec value, uint16_t* to) {  // see to_bfloat16
     std::memcpy(to, &halves, sizeof halves);
 }
 
-// The first `count` of eight, zeros behind them.
+// The first `count` of them, zeros behind.
 template <class T>
 INLINE Vec load(const T* from, size_t count) {
     if (count >= LANES) return load(from);
@@ -39,12 +37,14 @@ INLINE void store(Vec value, T* to, size_t count) {
     std::memcpy(to, values, count * sizeof(T));
 }
 
-INLINE Vec either(Ints mask, Vec yes, Vec no) { return (Vec)(((Ints)yes & mask) | ((Ints)no & ~mask)); }
+INLINE Vec either(Ints mask, Vec yes, Vec no) { return mask ? yes : no; }
 
 INLINE float sum(Vec value) {
-    float total[4];
-    for (size_t i = 0; i < 4; i++) total[i] = value[i] + value[i + 4];
-    return (total[0] + total[2]) + (total[1] + total[3]);
+    float total[LANES];
+    store(value, total);
+    for (size_t half = LANES / 2; half; half /= 2)
+        for (size_t i = 0; i < half; i++) total[i] += total[i + half];
+    return total[0];
 }
 
 // e^x to 2 units in the last place, 0 below -87.3; NaN stays NaN. Cephes' way: 2^n times a

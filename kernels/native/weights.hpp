@@ -4,6 +4,7 @@
 // [in][32], for bfloat16 [in / 2][32][2], pairs being what AMX and AVX512-BF16 multiply.
 // Missing outputs of the last group are zero and are never stored; bfloat16 inputs are filled up
 // with zeros to a multiple of 32, in the weights and in x alike, so that 0 * inf cannot appear.
+// Weights of eight bits are [in][32], and filled up to a multiple of 4 inputs.
 
 #pragma once
 
@@ -78,25 +79,26 @@ static void give_back(Arena* arena) {
 // ---- weights ------------------------------------------------------------------------------
 
 struct Weights {
-    Kind kind;
+    Kind kind;  // of rows, and of weights unless they have eight bits
     size_t outs, ins;
     size_t padded;  // inputs in the layout
     size_t groups;
     char* data = nullptr;
-    std::vector<float> bias;  // empty, or one per output of every group
+    std::vector<float> bias;    // empty, or one per output of every group
+    std::vector<float> scales;  // the same; where there are some, weights have eight bits
     Arena* arena = nullptr;
 
-    Weights(Kind kind, const void* source, size_t outs, size_t ins, const float* offsets)
-        : kind(kind), outs(outs), ins(ins) {
-        padded = kind == Kind::bfloat16 ? (ins + STEP - 1) / STEP * STEP : ins;
-        groups = (outs + WIDTH - 1) / WIDTH;
-        if (offsets) {
-            bias.assign(groups * WIDTH, 0.0f);
-            std::copy(offsets, offsets + outs, bias.begin());
-        }
+    Weights(Kind kind, const void* source, size_t outs, size_t ins, const float* offsets, const float* factors)
+        : kind(kind), outs(outs), ins(ins), groups((outs + WIDTH - 1) / WIDTH) {
+        per_output(offsets, bias);
+        per_output(factors, scales);
+        const size_t multiple = eight_bits() ? 4 : kind == Kind::bfloat16 ? STEP : 1;
+        padded = (ins + multiple - 1) / multiple * multiple;
         data = static_cast<char*>(take(bytes(), arena));
         std::memset(data, 0, bytes());
-        if (kind == Kind::bfloat16)
+        if (eight_bits())
+            fill<int8_t, 1>(static_cast<const int8_t*>(source));
+        else if (kind == Kind::bfloat16)
             fill<uint16_t, 2>(static_cast<const uint16_t*>(source));
         else
             fill<float, 1>(static_cast<const float*>(source));
@@ -105,12 +107,19 @@ struct Weights {
     Weights& operator=(const Weights&) = delete;
     ~Weights() { give_back(arena); }
 
-    size_t size() const { return kind == Kind::bfloat16 ? 2 : 4; }
+    bool eight_bits() const { return !scales.empty(); }
+    size_t size() const { return eight_bits() ? 1 : kind == Kind::bfloat16 ? 2 : 4; }
     size_t group_bytes() const { return padded * WIDTH * size(); }
     size_t bytes() const { return groups * group_bytes(); }
     const char* group(size_t g) const { return data + g * group_bytes(); }
 
   private:
+    void per_output(const float* from, std::vector<float>& into) {
+        if (!from) return;
+        into.assign(groups * WIDTH, 0.0f);
+        std::copy(from, from + outs, into.begin());
+    }
+
     template <class T, size_t TOGETHER>
     void fill(const T* source) {
         T* into = reinterpret_cast<T*>(data);

@@ -3,6 +3,7 @@
 import numpy as np
 
 from outrider.speculation.living_tree import LivingTree
+from outrider.speculation.pipelines.linger import LingerRule
 from outrider.speculation.pipelines.shape import MAX_VERIFIED_NODES
 from outrider.speculation.pipelines.track_record import TrackRecord
 from outrider.speculation.pipelines.tree_yield import FORGETTING, LEARNING_RATE, TreeYield
@@ -43,20 +44,26 @@ class CostEstimates:
     """What rounds cost and yield, learnt online and shared by all requests of one engine.
 
     company: requests that decode in the step to come; each decides as if the others did the same.
+    with_texts: the step takes in texts, too.
     max_rows: of one forward.
     """
 
     def __init__(
-        self, step_cost: StepCostModel | None = None, *, max_rows: int = MAX_VERIFIED_NODES + 1
+        self,
+        step_cost: StepCostModel | None = None,
+        *,
+        max_rows: int = MAX_VERIFIED_NODES + 1,
+        linger: LingerRule | None = None,
     ) -> None:
         self.step_cost = step_cost or StepCostModel()
-        self.max_rows, self.company = max_rows, 1
+        self.max_rows, self.company, self.with_texts = max_rows, 1, False
         self.draft_seconds: float | None = None
         self.round_trip: float | None = None
         """Seconds of a remote drafter's draft step, and of its round beside them; None before the first."""
         self.hit_probability = FIRST_HIT_PROBABILITY
         self.trees = TreeYield()
-        self.record = TrackRecord()
+        self.record, self.record_elsewhere = TrackRecord(), TrackRecord(elsewhere=True)
+        self.linger = linger or LingerRule()
         self._target = _LearntCurve(self.step_cost)
         self._local_draft = _LearntCurve(StepCostModel())
         self._draft_discount = 1.0

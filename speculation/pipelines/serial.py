@@ -7,7 +7,7 @@ is one for the batch: a draft step of some trees is worth what it is expected to
 requests would have got in its time. Durations come in as numbers, so the same rule runs on any clock.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -23,19 +23,29 @@ class SerialRound:
 
     trees: of every request that gets a token in the step, None where nobody drafts.
     text_rows: rows of the step that are no nodes, at least one for each request.
+    given: indices of trees that are complete and cost nothing to draft: they are verified in any step.
     """
 
     def __init__(
-        self, shape: TreeShape, costs: CostEstimates, trees: Sequence[LivingTree | None], text_rows: int
+        self,
+        shape: TreeShape,
+        costs: CostEstimates,
+        trees: Sequence[LivingTree | None],
+        text_rows: int,
+        given: Collection[int] = (),
     ) -> None:
         self._shape, self._costs, self._trees = shape, costs, trees
         self._other_rows = text_rows - len(trees)
         self._steps = [0] * len(trees)
         self._spent = 0.0
         with_texts = self._other_rows > 0
-        self.drafts = not shape.adaptive or costs.record.allows(len(trees), with_texts=with_texts)
+        others = len(trees) - len(given)
+        self.drafts = not shape.adaptive or costs.record.allows(others, with_texts=with_texts)
         """Whether this step is one with drafting."""
-        self._live = [_NOTHING if tree is None else _live_scores(tree) for tree in trees]
+        self._live = [
+            _live_scores(tree) if tree is not None and (self.drafts or index in given) else _NOTHING
+            for index, tree in enumerate(trees)
+        ]
         self._offers = [(0.0, 0) if tree is None else self._offer(tree) for tree in trees]
         """Expected gain of expanding each tree once more, and the rows that takes; none where it is over."""
 
@@ -76,7 +86,7 @@ class SerialRound:
         most = self._shape.num_speculative_tokens
         if not self._shape.adaptive and len(self._trees) == 1:
             return [min(most, self._costs.max_rows - 1 - self._other_rows)]
-        if not self.drafts or not any(map(len, self._live)):
+        if not any(map(len, self._live)):
             return [0] * len(self._trees)
         scores = [each[:most] for each in self._live]
         return share_budget(scores, self._spent + self._costs.curve(self._costs.max_rows), self._other_rows)

@@ -4,6 +4,9 @@ Expected gains and measured costs say when drafting should pay. What they leave 
 overstates its scores, a cost curve that is off, whatever a busy machine does) shows in the only figure that
 counts: tokens per second. Where steps with drafting have brought fewer, it stops, and is tried again after a
 pause that doubles each time, so that trying costs ever less.
+
+A drafter in this process takes its time from the target's, so it has to be clearly ahead, and is compared
+from the first step on. One elsewhere takes next to none: it is stopped only if steps with it were slower.
 """
 
 from dataclasses import dataclass, field
@@ -14,9 +17,12 @@ TRIAL = 8
 """Steps with drafting after which it is judged; half as many in every later trial."""
 REFRESH = 128
 """Steps with drafting after which one goes without."""
-MARGIN = 1.1
+MARGIN = 1.2
 """By how much drafting has to be faster: where it gains less, its risks and trials cost as much."""
 FIRST_PAUSE, LONGEST_PAUSE = 32, 1024
+ELSEWHERE_MARGIN = 1.02
+ELSEWHERE_FIRST, ELSEWHERE_REFRESH = 64, 512
+"""Of a drafter in another process: steps before the first one without it, and between later ones."""
 MEMORY = 0.97
 """What is left of an observation's weight after the next one."""
 
@@ -49,16 +55,27 @@ class _BatchSize:
     waited: int = 0
     pause: int = FIRST_PAUSE
 
-    @property
-    def is_ahead(self) -> bool:
-        return self.drafted.count >= TRIAL and self.drafted.ratio >= MARGIN * self.plain.ratio
+    def is_ahead(self, margin: float) -> bool:
+        known = self.drafted.count >= TRIAL
+        return known and (not self.plain.count or self.drafted.ratio >= margin * self.plain.ratio)
 
 
 class TrackRecord:
     """For batch sizes that differ by less than twice, one record each."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, elsewhere: bool = False) -> None:
+        """
+        elsewhere: the drafter is in another process.
+        """
+        self._elsewhere = elsewhere
+        self._margin = ELSEWHERE_MARGIN if elsewhere else MARGIN
+        self._refresh = ELSEWHERE_REFRESH if elsewhere else REFRESH
         self._sizes: dict[int, _BatchSize] = {}
+
+    def has_stopped(self, batch: int) -> bool:
+        """Whether drafting for so many requests at once has not paid."""
+        size = self._of(batch)
+        return size.drafted.count >= TRIAL and not size.is_ahead(self._margin)
 
     def allows(self, batch: int, *, with_texts: bool) -> bool:
         """Whether a step of so many requests may be preceded by drafting.
@@ -66,9 +83,10 @@ class TrackRecord:
         with_texts: the step takes in texts, too, and cannot be judged; then it is no trial.
         """
         size = self._of(batch)
-        if size.plain.count < FIRST_PLAIN or size.since_plain >= REFRESH:
+        unknown = size.plain.count < FIRST_PLAIN and not (self._elsewhere and not size.plain.count)
+        if unknown or size.since_plain >= self._refresh:
             return False
-        return size.is_ahead or (size.drafted.count < TRIAL and not with_texts)
+        return size.is_ahead(self._margin) or (size.drafted.count < TRIAL and not with_texts)
 
     def observe(
         self, batch: int, *, drafted: bool, tokens: int, seconds: float, plain_seconds: float
@@ -82,15 +100,19 @@ class TrackRecord:
         kind.observe(tokens, seconds * batch / plain_seconds)
         if drafted:
             size.since_plain += 1
-            if size.is_ahead:
+            if size.is_ahead(self._margin):
                 size.pause = FIRST_PAUSE
             return
         size.since_plain = 0
-        if size.drafted.count >= TRIAL and not size.is_ahead:
+        if self.has_stopped(batch):
             size.waited += 1
             if size.waited >= size.pause:
                 size.waited, size.pause = 0, min(2 * size.pause, LONGEST_PAUSE)
                 size.drafted = _Kind(count=TRIAL // 2)
 
     def _of(self, batch: int) -> _BatchSize:
-        return self._sizes.setdefault(batch.bit_length(), _BatchSize())
+        key = batch.bit_length()
+        if key not in self._sizes:
+            soon = ELSEWHERE_REFRESH - ELSEWHERE_FIRST if self._elsewhere else 0
+            self._sizes[key] = _BatchSize(since_plain=soon)
+        return self._sizes[key]

@@ -47,7 +47,10 @@ def refused(outrider_: Run, *words: str, code: int = 2) -> str:
         (("--workers", "local:7000"), "count must be at most 64, not 7000"),
         (("--workers", "local:x"), "--workers must be local:N, not 'local:x'"),
         (("--workers", "here:99999"), "host:port, not 'here:99999'"),
-        (("--workers", "local", "--pipeline", "paralel"), "--pipeline must be one of serial, parallel"),
+        (
+            ("--workers", "local", "--pipeline", "paralel"),
+            "--pipeline must be one of serial, parallel, pearl",
+        ),
         (("--pipeline", "parallel"), "pipeline 'parallel' needs workers, such as 'local'"),
         (("--workers", "local", "--threads", "0"), "--threads must be at least 1, not 0"),
         (("--workers", "local", "--target", "x"), "--workers needs something that drafts: give --draft"),

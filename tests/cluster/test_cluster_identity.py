@@ -68,6 +68,21 @@ def test_tokens_are_the_target_s_own(
     assert stats.growth_bytes > 12 * stats.growth_nodes > 0
 
 
+def test_several_workers_draft_for_a_request(workers: LocalWorkers, plain: Callable[[str, str], Ids]) -> None:
+    config = {
+        "workers": {"addresses": list(workers.addresses), "per_request": 2},
+        "tree": {"adaptive": False},
+    }
+    with LLM(speculative_config=config, max_num_seqs=4) as llm:
+        done = {kind: complete(llm, PROMPTS, params) for kind, params in KINDS.items()}
+    for kind, completions in done.items():
+        assert ids(completions) == plain("auto", kind), kind
+    for completions in done.values():
+        assert all(each.stats.generations >= 2 for each in completions)
+    stats = accepted([each for completions in done.values() for each in completions])
+    assert sum(stats.accepted_by_drafter.values()) == stats.num_accepted_tokens > 0
+
+
 def test_two_targets_share_a_worker(workers: LocalWorkers, plain: Callable[[str, str], Ids]) -> None:
     config = {"workers": workers.addresses[0], "pipeline": "serial", "tree": {"adaptive": False}}
     with LLM(speculative_config=config) as one, LLM(speculative_config=config) as other:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from instruments.processes import accepted, children, complete, open_files, runs, until
+from instruments.processes import INTERRUPTED, accepted, children, complete, open_files, runs, until
 
 from outrider import LLM, SamplingParams
 from outrider.cluster import child, launcher
@@ -164,7 +164,7 @@ def test_ctrl_c_ends_everything(moment: str) -> None:
         os.killpg(process.pid, signal.SIGINT)
         began = time.monotonic()
         _, error = process.communicate(timeout=60)
-        assert process.returncode == 130
+        assert process.returncode in INTERRUPTED
         assert error.decode().splitlines()[-1] == "outrider: interrupted"
         assert "Traceback" not in error.decode()
         assert until(lambda: not any(map(runs, workers)), 5)
@@ -187,10 +187,8 @@ def test_a_second_run_beside_the_first_and_a_worker_that_dies_is_told_once() -> 
     with generating(*LONG, "--max-tokens", "30") as (first, screen):
         assert os.read(screen, 1)
         words = [*COMMAND, "--threads", "1", "--prompt", "import os", "--max-tokens", "5"]
-        # It exists, with its worker and port, but leaves the cores to the second.
-        first.send_signal(signal.SIGSTOP)
+        # The first waits soon, for nobody reads its terminal; stopped, it would lose its connection, too.
         second = subprocess.run(words, capture_output=True, text=True, timeout=120)
-        first.send_signal(signal.SIGCONT)
         assert (second.returncode, second.stderr) == (0, "")
         assert second.stdout
         (worker,) = children(first.pid)

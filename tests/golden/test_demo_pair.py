@@ -91,6 +91,26 @@ def test_speculation_changes_no_token(name: str, llm: LLM) -> None:
     assert accepted > 100, "nothing was shown if nothing was drafted"
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_bad_words_do_not_come_up(temperature: float, llm: LLM) -> None:
+    """Words of the text that would come without them: of one token, of two, and of three."""
+    tokenizer, accepted = llm.model.tokenizer, 0
+    for seed, prompt in enumerate(corpus.held_out_prompts(4)):
+        params = SamplingParams(temperature=temperature, max_tokens=48, seed=seed, ignore_eos=True)
+        free = llm.generate(prompt, params)[0].outputs[0].token_ids
+        ids = [free[start : start + size] for start, size in ((6, 1), (20, 2), (33, 3))]
+        words = [tokenizer.decode(each) for each in ids]
+        params = replace(params, bad_words=[each for each in words if each.strip()], bad_words_token_ids=ids)
+        done = llm.generate(prompt, params)[0].outputs[0]
+        plain = llm.generate(prompt, params, speculative=False)[0].outputs[0]
+        assert done.token_ids == plain.token_ids != free
+        for word in ids:
+            starts = range(len(done.token_ids))
+            assert not any(done.token_ids[start : start + len(word)] == word for start in starts)
+        accepted += done.stats.num_accepted_tokens
+    assert accepted > 60
+
+
 @pytest.mark.parametrize(("temperature", "floor"), [(0.0, 0.80), (1.0, 0.55)])
 def test_the_draft_s_first_choice_is_often_the_target_s_token(temperature: float, floor: float) -> None:
     config = {
@@ -171,3 +191,30 @@ def test_seeded_draws_fit_transformers_softmax(temperature: float, top_k: int) -
         observed, expected = observed[:-1], expected[:-1] * observed[:-1].sum() / expected[:-1].sum()
     assert len(observed) > 5
     assert stats.chisquare(observed, expected).pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_draft_of_eight_bits_guesses_nearly_as_well_and_changes_no_token(
+    llm: LLM, temperature: float
+) -> None:
+    config = {
+        "model": str(pair.DRAFT),
+        "quantization": "int8",
+        "num_speculative_tokens": 12,
+        "tree": {"adaptive": False, "depth": 5},
+    }
+    quantized = LLM(str(pair.TARGET), speculative_config=config)
+    params = SamplingParams(temperature=temperature, seed=3, max_tokens=64, ignore_eos=True)
+    prompts = corpus.held_out_prompts(4)
+    plain, whole, eight_bits = (
+        engine.generate(prompts, params, speculative=speculative)
+        for engine, speculative in ((llm, False), (llm, True), (quantized, True))
+    )
+    texts = [[output.outputs[0].token_ids for output in outputs] for outputs in (plain, whole, eight_bits)]
+    assert texts[0] == texts[1] == texts[2]
+    accepted = [
+        sum(output.outputs[0].stats.num_accepted_tokens for output in outputs)
+        for outputs in (whole, eight_bits)
+    ]
+    # Of some 200 tokens, whose drafts differ a little by chance.
+    assert accepted[1] > 0.75 * accepted[0] > 0

@@ -107,6 +107,40 @@ def test_a_draft_session_in_other_dtypes(folder: Path, dtype: torch.dtype) -> No
     assert check_draft_session(runner, SamplingParams(max_tokens=99, **PARAMETERS["seeded"]), 30) > 0
 
 
+def test_a_text_beyond_the_drafter_is_believed_less_than_another(folder: Path) -> None:
+    """Two texts of one engine: in one each guess was right, in the other none. Then both go on alike."""
+    runner = AuditedRunner(decoder(folder, torch.float32))
+    drafting, stats = draft_engine(runner), SpeculationStatistics()
+    params = SamplingParams(max_tokens=99, temperature=0.9, seed=5)
+    prompt = np.arange(1, 20)
+    told = []
+    for lucky in (True, False):
+        session = drafting.open(Request(prompt_ids=prompt, params=params), stats)
+        text = prompt
+        for _ in range(12):
+            drafting.grow([session], 1)
+            children = session.tree.tokens[session.tree.slots]
+            strange = np.setdiff1d(np.arange(1, VOCAB), children)[:1]
+            text = np.append(text, chosen := children[:1] if lucky else strange)
+            session.commit(chosen)
+            session.tree.clear()
+        drafting.grow([session], 1)
+        fresh = drafting.open(Request(prompt_ids=text, params=params), stats)
+        drafting.grow([fresh], 1)
+        ours, theirs = (
+            dict(zip(tree.tokens[tree.slots].tolist(), tree.path_scores[tree.slots].tolist(), strict=True))
+            for tree in (session.tree, fresh.tree)
+        )
+        assert ours.keys() == theirs.keys()
+        told.append(np.array([ours[token] / theirs[token] for token in theirs]))
+        session.close()
+        fresh.close()
+    right, wrong = told
+    assert (right >= 1.0).all()
+    assert (wrong < 0.9).all()
+    assert np.ptp(wrong) < 1e-9
+
+
 def test_nothing_leaks_from_requests_closed_half_way(folder: Path) -> None:
     check_idle_after_closing(AuditedRunner(decoder(folder, torch.float32)))
 

@@ -16,6 +16,7 @@ from instruments.table_drafts import relative
 from instruments.table_lm import TableLM
 
 from outrider.actors.virtual import VirtualClock
+from outrider.speculation.pipelines.patience import MAX_PATIENCE, PAUSE
 from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.replication.messages import Growth, Lost
 from outrider.speculation.sampling_params import SamplingParams
@@ -124,7 +125,7 @@ def test_a_worker_that_hangs_and_goes_on(params: SamplingParams, pipeline: str, 
 
 @PIPELINES
 def test_a_worker_that_hangs_for_good(pipeline: str) -> None:
-    """The serial pipeline waits for it once, and then decodes plainly."""
+    """The serial pipeline waits for it now and then, for little of its time, and else decodes plainly."""
     deployment = Deployment(LM, draft=GOOD, pipeline=pipeline)
     (worker,) = deployment.workers
 
@@ -132,7 +133,8 @@ def test_a_worker_that_hangs_for_good(pipeline: str) -> None:
         worker.stopped = True
 
     outcome = serve_through(deployment, GREEDY, {2: stop})
-    assert sum(stall > 0.01 for stall in deployment.target.stalls[3:]) <= (pipeline == "serial")
+    lost = sum(deployment.target.stalls[3:])
+    assert lost <= (MAX_PATIENCE + outcome.times[-1] / PAUSE if pipeline == "serial" else 0.01)
     assert outcome.stats.generations >= 2
     assert len(worker._inbox) < 200
 

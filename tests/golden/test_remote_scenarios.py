@@ -20,9 +20,10 @@ PROMPT = [1, 2, 3]
 GREEDY = SamplingParams(temperature=0.0, seed=0)
 SEEDED = SamplingParams(temperature=1.0, seed=11)
 BOTH = pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-PIPELINES = pytest.mark.parametrize("pipeline", ["parallel", "serial"])
+PIPELINES = pytest.mark.parametrize("pipeline", ["parallel", "serial", "pearl"])
 LM = TableLM.random(3, vocab_size=5, order=2)
 GOOD = relative(LM, 0.8, seed=1)
+OTHER = relative(LM, 0.6, seed=2)
 FIXED = TreeShape(num_speculative_tokens=12, depth=3, adaptive=False)
 SHORT = 14
 SLOW_DRAFTS = Pace(draft=0.02)
@@ -66,7 +67,8 @@ def test_output_ends_at_the_first_committed_eos(pipeline: str) -> None:
             assert outcome.streamed == outcome.run.text == letters(expected[:-1])
             deployment.require_empty()
             seen |= places_of_eos(deployment, outcome)
-    assert seen == {"inside", "own token", "refused sibling"}
+    # A chain has no siblings.
+    assert seen == {"inside", "own token"} | ({"refused sibling"} if pipeline != "pearl" else set())
 
 
 def places_of_eos(deployment: Deployment, outcome: Finished) -> set[str]:
@@ -107,13 +109,26 @@ FAULTS: dict[str, Sequence[float]] = {
 
 
 @cache
-def faultless_run(pipeline: str, params: SamplingParams) -> tuple[Recorded, Recorded, Finished]:
+def faultless_run(
+    pipeline: str, params: SamplingParams, drafters: int = 1
+) -> tuple[Recorded, Recorded, Finished]:
     to_worker, to_target = Recorded(), Recorded()
-    return to_worker, to_target, short_run(pipeline, params, (to_worker, to_target))
+    return to_worker, to_target, short_run(pipeline, params, (to_worker, to_target), drafters)
 
 
-def short_run(pipeline: str, params: SamplingParams, faults: tuple[Faults, Faults]) -> Finished:
-    deployment = Deployment(LM, draft=GOOD, pipeline=pipeline, faults=faults, pace=SLOW_DRAFTS)
+def short_run(
+    pipeline: str, params: SamplingParams, faults: tuple[Faults, Faults], drafters: int = 1
+) -> Finished:
+    """With several drafters the others' links are sound."""
+    deployment = Deployment(
+        LM,
+        draft=[GOOD, *[OTHER] * (drafters - 1)],
+        pipeline=pipeline,
+        faults=faults,
+        sound=drafters - 1,
+        per_request=drafters,
+        pace=SLOW_DRAFTS,
+    )
     outcome = deployment.target.serve(PROMPT, params)
     assert outcome.token_ids == plain(LM, PROMPT, params)
     deployment.require_empty(expired=True)
@@ -142,6 +157,26 @@ def test_any_one_message_may_suffer(
         assert outcome.times[-1] < SHORT * (SLOW_DRAFTS.target + 0.02 + 0.25)
         generations += outcome.stats.generations - 1
     assert generations == 0 if "doubled" in fault else generations > 0 or direction == "to worker"
+
+
+@pytest.mark.parametrize("pipeline", ["parallel", "serial"])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("direction", ["to worker", "to target"])
+def test_any_one_message_may_suffer_where_several_draft(pipeline: str, fault: str, direction: str) -> None:
+    """Every message of one drafter in turn: the other goes on as if nothing had happened."""
+    params = replace(SEEDED, max_tokens=SHORT)
+    to_worker, to_target, reference = faultless_run(pipeline, params, 2)
+    assert reference.stats.generations == 2
+    messages = to_worker.messages if direction == "to worker" else to_target.messages
+    for index in range(len(messages)):
+        faulty, fine = fault_at(index, FAULTS[fault]), fault_at(-1, ())
+        faults = (faulty, fine) if direction == "to worker" else (fine, faulty)
+        outcome = short_run(pipeline, params, faults, 2)
+        assert outcome.times[-1] < SHORT * (SLOW_DRAFTS.target + 0.02 + 0.25)
+        assert outcome.stats.steps_by_choice.get("no_drafter", 0) == 0
+        assert outcome.stats.drafter_failovers == 0
+        if "doubled" in fault:
+            assert outcome.stats.generations == 2
 
 
 def test_the_faults_strike_messages_of_all_kinds() -> None:
@@ -187,9 +222,9 @@ def test_a_drafter_that_is_always_wrong_costs_no_forward(
     outcome = deployment.target.serve(PROMPT, params)
     assert outcome.token_ids == plain(LM, PROMPT, params)
     assert deployment.target.lm.forwards == 25
-    # After a miss the parallel pipeline goes on with what has arrived: here, nothing.
+    # After a miss all but the serial pipeline go on with what has arrived: here, nothing.
     assert outcome.stats.growth_nodes > 0
-    assert outcome.stats.num_draft_tokens > 0 or pipeline == "parallel"
+    assert outcome.stats.num_draft_tokens > 0 or pipeline != "serial"
     assert outcome.stats.num_accepted_tokens == 0
     assert outcome.streamed == outcome.run.text == letters(outcome.token_ids)
 
@@ -204,8 +239,10 @@ def test_everything_said_twice(params: SamplingParams, pipeline: str, copies: Se
         return copies
 
     params = replace(params, max_tokens=20)
-    reference = Deployment(LM, draft=GOOD, pipeline=pipeline).target.serve(PROMPT, params)
-    deployment = Deployment(LM, draft=GOOD, pipeline=pipeline, faults=(repeated, repeated))
+    # PEARL's window follows the drafter's pace, which duplicates hide.
+    shape = TreeShape(num_speculative_tokens=4, adaptive=pipeline != "pearl")
+    reference = Deployment(LM, draft=GOOD, pipeline=pipeline, shape=shape).target.serve(PROMPT, params)
+    deployment = Deployment(LM, draft=GOOD, pipeline=pipeline, shape=shape, faults=(repeated, repeated))
     outcome = deployment.target.serve(PROMPT, params)
     assert outcome.token_ids == plain(LM, PROMPT, params)
     assert outcome.stats.generations == 1

@@ -89,7 +89,7 @@ def test_a_junk_node_where_the_target_overflows_harms_nobody() -> None:
 def test_a_target_that_overflows_on_its_own_path_says_where() -> None:
     lm = TableLM.cycle([1, 2, 3, 1, 4])
     lm.logits[3] = np.nan
-    with pytest.raises(ModelError, match="token at position 3"):
+    with pytest.raises(ModelError, match="position 3"):
         serve(table_engine(lm, None), [1, 2], SamplingParams(temperature=0.0, max_tokens=6))
 
 

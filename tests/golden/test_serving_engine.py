@@ -16,7 +16,9 @@ import torch
 from instruments.model_checks import CONTEXT, VOCAB, decoder, draft_engine, model_engine
 
 from outrider.actors.model_runner import ModelRunner
+from outrider.actors.request_run import RequestRun
 from outrider.actors.running_batch import RunningBatch, Ticket
+from outrider.kernels.native import library
 from outrider.models.batch import Rows
 from outrider.models.block_pool import blocks_for
 from outrider.speculation.request import Request
@@ -74,14 +76,31 @@ def tokens_of(ticket: Ticket) -> list[int]:
     return ticket.completion.token_ids
 
 
+def running(batch: RunningBatch) -> list[RequestRun]:
+    return [ticket.run for ticket in batch._scheduler.running if ticket.run is not None]
+
+
 def blocks_of(batch: RunningBatch) -> list[list[int]]:
-    running = [ticket.run for ticket in batch._scheduler.running if ticket.run is not None]
-    return [each._sequence.blocks for each in running]
+    return [each._sequence.blocks for each in running(batch)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("drafts", [False, True], ids=["plain", "drafted"])
 def test_each_equals_its_solo_run(folder: Path, dtype: torch.dtype, drafts: bool) -> None:
+    check_equal_to_solo_runs(folder, dtype, drafts=drafts)
+
+
+@pytest.mark.skipif(
+    library.layers(torch.empty(0)) is None, reason="the native module is not built or is switched off"
+)
+def test_each_equals_its_solo_run_behind_a_sliding_window(make_model_folder: Any) -> None:
+    """Blocks that the window leaves behind go to others, and come back with who has to leave."""
+    folder = make_model_folder("mistral", max_position_embeddings=CONTEXT, sliding_window=40)
+    assert check_equal_to_solo_runs(folder, torch.bfloat16, drafts=True) > 100
+
+
+def check_equal_to_solo_runs(folder: Path, dtype: torch.dtype, *, drafts: bool) -> int:
+    """Returns in how many steps some running text had given back blocks behind its window."""
     network = decoder(folder, dtype)
     alone = model_engine(ModelRunner(network, num_blocks=4 * LEAST_BLOCKS), None)
 
@@ -100,7 +119,7 @@ def test_each_equals_its_solo_run(folder: Path, dtype: torch.dtype, drafts: bool
     batch = RunningBatch(model_engine(runner, drafting, depth=3), 8)
     rng = np.random.default_rng(0)
     tickets: dict[int, Ticket] = {}
-    cancelled = set()
+    cancelled, slid = set(), 0
     for _ in range(10_000):
         if len(tickets) < 40 and rng.random() < 0.6:
             tickets[len(tickets)] = batch.submit(some_request(len(tickets)))
@@ -111,6 +130,7 @@ def test_each_equals_its_solo_run(folder: Path, dtype: torch.dtype, drafts: bool
                 cancelled.add(victim)
         batch.step()
         runner.cache.check(blocks_of(batch))
+        slid += any(len(each._sequence.blocks) < blocks_for(each.num_cached) for each in running(batch))
         if len(tickets) == 40 and not batch.num_running and not batch.num_waiting:
             break
     else:
@@ -126,6 +146,7 @@ def test_each_equals_its_solo_run(folder: Path, dtype: torch.dtype, drafts: bool
     if drafts:
         draft.cache.check_idle()
         assert sum(each.num_accepted_tokens for each in done) > 100
+    return slid
 
 
 def test_a_step_is_one_forward_of_all_rows(folder: Path) -> None:

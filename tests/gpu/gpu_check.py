@@ -1,4 +1,4 @@
-"""Checks the kernels of ``kernels/gpu`` on a real device, and times attention: ``make gpu-check``.
+"""Checks kernels, whole models and captured steps on a real device, and times them: ``make gpu-check``.
 
 Prints what it finds and, as its last line, one JSON object. Exits with 1 if a check failed; without a
 CUDA device it says so, does nothing and exits with 0.
@@ -12,13 +12,14 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import triton
+from gpu.ranks import check_two_ranks
+from gpu.setup import FULL, Figures, Setup, assert_no_worse, name_of, random, ratio_of_errors
+from gpu.whole_models import check_captured_steps, check_flips, check_models, time_decoding
 from instruments.paged_batches import BLOCK, PagedBatch, Text, chain, paged_batch
 from torch.nn.attention.bias import causal_lower_right
 
@@ -32,69 +33,8 @@ from outrider.kernels.kv_move import kv_move as kv_move_reference
 from outrider.kernels.paged_attention import tree_attention_reference
 from outrider.kernels.rotary import rotate_and_write_reference
 
-WORST_RATIO = 2.0
-"""An error may be so many times PyTorch's."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """Where and how large.
-
-    shapes: ``(H, G, D)``. context: committed positions of the longest text. tree: nodes of the largest tree.
-    rows: of operations row by row. hidden: their size. vocab: tokens.
-    timed: pairs of context and sequences that attention is timed with.
-    """
-
-    device: str
-    dtypes: Sequence[torch.dtype]
-    shapes: Sequence[tuple[int, int, int]]
-    context: int
-    tree: int
-    rows: int
-    hidden: int
-    vocab: int
-    timed: Sequence[tuple[int, int]]
-
-
-FULL = Setup(
-    device="cuda",
-    dtypes=(torch.bfloat16, torch.float16, torch.float32),
-    shapes=((32, 8, 128), (12, 2, 128), (16, 16, 64), (20, 4, 80), (8, 1, 256)),
-    context=5000,
-    tree=256,
-    rows=64,
-    hidden=4096,
-    vocab=151_936,
-    timed=((512, 1), (4096, 1), (32_768, 1), (4096, 16)),
-)
-
-Figures = dict[str, Any]
-
-
-def random(setup: Setup, *shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(setup.device)
-
-
-def ratio_of_errors(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> float:
-    """The largest error of ``got`` as a multiple of that of ``plain``.
-
-    An operator of PyTorch's that happens to be exact is given half a unit of its dtype.
-    """
-    assert got.dtype == plain.dtype
-    assert got.isfinite().all()
-    unit = exact.abs().max() * torch.finfo(plain.dtype).eps / 2
-    own = torch.maximum((plain.double() - exact).abs().max(), unit)
-    return float((got.double() - exact).abs().max() / own)
-
-
-def assert_no_worse(ratios: dict[str, float]) -> Figures:
-    worst = {name: round(ratio, 3) for name, ratio in ratios.items()}
-    assert all(ratio <= WORST_RATIO for ratio in worst.values()), worst
-    return {"error_over_pytorchs": worst}
-
-
-def name_of(shape: tuple[int, int, int], dtype: torch.dtype) -> str:
-    return f"{'x'.join(map(str, shape))} {dtype}".replace("torch.", "")
+SLOWEST = 1.5
+"""Attention of chains may take so many times as long as PyTorch's."""
 
 
 def ragged(setup: Setup, shape: tuple[int, int, int], dtype: torch.dtype, window: int | None) -> PagedBatch:
@@ -220,7 +160,10 @@ def check_race(setup: Setup) -> Figures:
 
 
 def time_chains(setup: Setup) -> Figures:
-    """Milliseconds of attention of chains of eight nodes, beside PyTorch's over the same keys, contiguous."""
+    """At most ``SLOWEST`` times as long as PyTorch's attention over the same keys, contiguous.
+
+    Milliseconds for chains of eight nodes.
+    """
     figures = {}
     H, G, D = setup.shapes[0]
     for context, sequences in setup.timed:
@@ -239,6 +182,7 @@ def time_chains(setup: Setup) -> Figures:
         }
         times = {name: triton.testing.do_bench(call, return_mode="median") for name, call in calls.items()}
         read = 2 * keys.numel() * keys.itemsize
+        assert times["tree"] <= SLOWEST * times["pytorch"], (context, sequences, times)
         figures[f"{sequences} x {context}"] = {
             **{f"{name}_ms": round(ms, 4) for name, ms in times.items()},
             "tree_gb_per_s": round(read / times["tree"] / 1e6, 1),
@@ -254,7 +198,12 @@ CHECKS: tuple[Check, ...] = (
     check_rotation,
     check_kv_move,
     check_race,
+    check_models,
+    check_captured_steps,
+    check_flips,
+    check_two_ranks,
     time_chains,
+    time_decoding,
 )
 
 

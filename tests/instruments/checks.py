@@ -37,6 +37,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "stop strings": {"stop": ("db", "cc", "e"), "min_tokens": 2},
     "stop string included": {"stop": ("bd", "cf"), "include_stop_str_in_output": True},
     "bias and allowed": {"logit_bias": {2: 1.5, EOS: -3.0}, "allowed_token_ids": (0, 1, 2, 3)},
+    "bad words": {"bad_words_token_ids": ((2, 3), (3,), (5, 4, 2), (6, 1))},
     "ignore_eos": {"ignore_eos": True, "frequency_penalty": -0.5},
 }
 """Sampling parameters under which drafting must not show; each gives outputs of six tokens and more."""

@@ -55,8 +55,6 @@ class RawTree(LivingTree):
 class ScriptedSession:
     """Proposes one whole tree per round."""
 
-    name = "scripted"
-
     def __init__(self, propose: Propose, prompt_ids: IntArray) -> None:
         self.tree: LivingTree = RawTree()
         self.text = prompt_ids.tolist()
@@ -67,6 +65,9 @@ class ScriptedSession:
         assert isinstance(self.tree, RawTree)
         self.tree.raw = self._propose(self.text)
         return 1
+
+    def proposers(self, slots: IntArray) -> dict[str, int]:
+        return {"scripted": len(slots)}
 
     def commit(self, tokens: IntArray) -> Reroot:
         self.text += tokens.tolist()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from outrider.actors import model_runner
+from outrider.actors.feed import Feed
 from outrider.actors.growth_tally import Tally
-from outrider.actors.remote_session import RemoteSession
 from outrider.actors.transport import Received
 from outrider.kernels.native import library
 from outrider.kernels.path_attention import PathKeys
@@ -45,8 +45,8 @@ def swap_siblings(patch: pytest.MonkeyPatch) -> None:
     """The first two children of the root are attended in each other's place."""
     original = model_runner.tree_rows
 
-    def swapped(*arguments: Any) -> Rows:
-        rows = original(*arguments)
+    def swapped(*arguments: Any, **settings: Any) -> Rows:
+        rows = original(*arguments, **settings)
         if len(rows.node_slots) < 2:
             return rows
         slots = rows.node_slots.copy()
@@ -198,7 +198,7 @@ def share_all_blocks(self: KVSequence, length: int) -> KVSequence:
     """A fork that also shares the block that both will write into."""
     child, blocks = KVSequence(self._cache), self.blocks[: blocks_for(length)]
     self._cache.blocks.share(blocks)
-    child._hold(blocks)
+    child._hold(blocks, 0)
     child.length = length
     return child
 
@@ -221,13 +221,13 @@ def accept_orphans(tree: DraftTree, target_tokens: IntArray) -> Verdict:
 
 
 def accept_any_generation(patch: pytest.MonkeyPatch) -> None:
-    original = RemoteSession.receive
+    original = Feed.receive
 
-    def received(self: RemoteSession, arrived: list[Received]) -> Tally:
+    def received(self: Feed, arrived: list[Received]) -> Tally:
         growths = [each.event for each in arrived if isinstance(each.event, Growth)]
         return original(self, [Received(replace(each, generation=self._generation), 1) for each in growths])
 
-    patch.setattr(RemoteSession, "receive", received)
+    patch.setattr(Feed, "receive", received)
 
 
 def on_arrays(fault: Callable[[pytest.MonkeyPatch], None]) -> Callable[[pytest.MonkeyPatch], None]:

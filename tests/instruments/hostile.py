@@ -46,6 +46,11 @@ class HostileChannel:
             self._inbox = [Received(Disconnected(reason), 0)]
             self._world.after(PAUSE, self._connect)
 
+    @property
+    def has_arrivals(self) -> bool:
+        """Whether something waits to be received."""
+        return bool(self._inbox)
+
     def send(self, message: TargetMessage) -> int:
         """See ``DraftChannel.send``."""
         if not self._connected:
@@ -62,7 +67,7 @@ class HostileChannel:
 
     def wait(self, seconds: float) -> None:
         """See ``Arrivals.wait``: the only worker's channel is also the target's bell."""
-        self._world.run_until(lambda: bool(self._inbox), seconds)
+        self._world.run_until(lambda: self.has_arrivals, seconds)
 
     def close(self) -> None:
         """See ``DraftChannel.close``."""

@@ -7,9 +7,15 @@ from outrider.models.block_pool import BLOCK
 from outrider.models.kv_cache import IntArray, KVCache, KVSequence
 
 
-def make_cache(blocks: int, numerics: str = "") -> KVCache:
+def make_cache(blocks: int, numerics: str = "", window: int | None = None) -> KVCache:
     return KVCache(
-        layers=2, kv_heads=1, head_dim=4, num_blocks=blocks, dtype=torch.float32, numerics=numerics
+        layers=2,
+        kv_heads=1,
+        head_dim=4,
+        num_blocks=blocks,
+        dtype=torch.float32,
+        numerics=numerics,
+        window=window,
     )
 
 
@@ -24,7 +30,9 @@ def write(cache: KVCache, sequence: KVSequence, text: IntArray) -> None:
 
 
 def entries(cache: KVCache, sequence: KVSequence) -> list[int]:
-    held: list[int] = cache.pool[1, sequence.slots(0, sequence.length), 1, 0, 0].int().tolist()
+    """Of all positions, but for those in blocks behind the window."""
+    slots = sequence.slots(cache.blocks_behind(sequence.length) * BLOCK, sequence.length)
+    held: list[int] = cache.pool[1, slots, 1, 0, 0].int().tolist()
     return held
 
 

@@ -69,8 +69,10 @@ class AuditedRunner(ModelRunner):
         self._fresh: dict[tuple[object, ...], torch.Tensor] = {}
         self._trees: dict[KVSequence, DraftTree] = {}
 
-    def open(self, text: IntArray, like: tuple[KVSequence, int] | None = None) -> KVSequence | None:
-        sequence = super().open(text, like)
+    def open(
+        self, text: IntArray, like: tuple[KVSequence, int] | None = None, reusable: int | None = None
+    ) -> KVSequence | None:
+        sequence = super().open(text, like, reusable)
         if sequence is not None:
             self._texts[sequence] = text[: sequence.length].tolist()
         return sequence
@@ -173,7 +175,13 @@ def twins_and_cousins(rng: np.random.Generator) -> DraftTree:
 def model_engine(
     runner: ModelRunner, drafting: DraftEngine | None, *, depth: int = 1, eos_ids: tuple[int, ...] = (EOS,)
 ) -> TargetEngine:
-    target = TargetModel(runner=runner, vocab_size=VOCAB, eos_ids=eos_ids, detokenizer=lambda _: Letters(0))
+    target = TargetModel(
+        runner=runner,
+        vocab_size=VOCAB,
+        eos_ids=eos_ids,
+        detokenizer=lambda _: Letters(0),
+        device=runner.decoder.device,
+    )
     shape = TreeShape(num_speculative_tokens=MAX_NODES, depth=depth, adaptive=False)
     return TargetEngine(target, verifier=make_verifier("coupled"), drafting=drafting, shape=shape)
 

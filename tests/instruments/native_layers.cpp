@@ -60,13 +60,13 @@ void check_rows(const Path& path, size_t size, double tolerance) {
 template <class T>
 void check_attention(const Path& path, size_t H, size_t G, size_t D, bool normed) {
     const size_t block = 4, slots = 64;
-    const std::vector<int64_t> lengths{1, 3, 4, 5, 17, 24}, firsts{0, 2, 0, 4, 7, 24};
+    const std::vector<int64_t> lengths{1, 3, 4, 5, 17, 24, 20, 24, 24}, firsts{0, 2, 0, 4, 7, 24, 0, 0, 0};
     const size_t rows = lengths.size();
     auto projected = random<T>(rows * (H + 2 * G) * D);
     auto turns = random<float>(rows * 2 * D), norm = random<float>((H + G) * D), pool = random<float>(slots * 2 * G * D);
     std::vector<int64_t> table{5, 1, 4, 2, 3, 6}, starts(rows, 0), nodes, node_starts{0}, own;
     for (size_t row = 0; row < rows; row++) {
-        for (int64_t node : {40 + static_cast<int64_t>(row), 50 + static_cast<int64_t>(row)}) nodes.push_back(node);
+        for (int64_t node : {40 + static_cast<int64_t>(row), 52 + static_cast<int64_t>(row)}) nodes.push_back(node);
         node_starts.push_back(static_cast<int64_t>(nodes.size()));
         own.push_back(nodes.back());
     }

@@ -33,26 +33,32 @@ struct AtTheEdge {
 
 float widen(float value) { return value; }
 float widen(uint16_t value) { return to_float(value); }
+float widen(int8_t value) { return value; }
 void narrow(float value, float& into) { into = value; }
+void narrow(float value, int8_t& into) { into = static_cast<int8_t>(value * 32); }
 void narrow(float value, uint16_t& into) { into = to_bfloat16(value); }
 
-template <class T>
+// T: of rows and results. W: of weights.
+template <class T, class W = T>
 void check(const Path& path, size_t outs, size_t ins, size_t rows, bool with_bias) {
     std::mt19937 random(static_cast<unsigned>(outs * 1000 + ins));
     std::normal_distribution<float> normal;
-    AtTheEdge<T> source(outs * ins), x(rows * ins), y(rows * outs);
-    AtTheEdge<float> bias(outs);
+    AtTheEdge<W> source(outs * ins);
+    AtTheEdge<T> x(rows * ins), y(rows * outs);
+    AtTheEdge<float> bias(outs), scales(outs);
     for (size_t i = 0; i < outs * ins; i++) narrow(normal(random), source.data[i]);
     for (size_t i = 0; i < rows * ins; i++) narrow(normal(random), x.data[i]);
-    for (size_t i = 0; i < outs; i++) bias.data[i] = normal(random);
+    for (size_t i = 0; i < outs; i++) bias.data[i] = normal(random), scales.data[i] = sizeof(W) == 1 ? normal(random) : 1;
     Kind kind = sizeof(T) == 2 ? Kind::bfloat16 : Kind::float32;
-    Weights weights(kind, source.data, outs, ins, with_bias ? bias.data : nullptr);
+    Weights weights(kind, source.data, outs, ins, with_bias ? bias.data : nullptr,
+                    sizeof(W) == 1 ? scales.data : nullptr);
     linear(path, weights, x.data, y.data, rows, 2);
     for (size_t r = 0; r < rows; r++)
         for (size_t o = 0; o < outs; o++) {
             double sum = with_bias ? bias.data[o] : 0, size = std::fabs(sum);
             for (size_t k = 0; k < ins; k++) {
-                double product = static_cast<double>(widen(x.data[r * ins + k])) * widen(source.data[o * ins + k]);
+                double product = static_cast<double>(widen(x.data[r * ins + k])) * widen(source.data[o * ins + k]) *
+                                 scales.data[o];
                 sum += product;
                 size += std::fabs(product);
             }
@@ -76,6 +82,8 @@ int main() {
                 for (bool bias : {false, true}) {
                     check<uint16_t>(path, shape[0], shape[1], count, bias);
                     check<float>(path, shape[0], shape[1], count, bias);
+                    check<uint16_t, int8_t>(path, shape[0], shape[1], count, bias);
+                    check<float, int8_t>(path, shape[0], shape[1], count, bias);
                 }
         std::printf("%s: no error\n", path.name);
     }

@@ -1,6 +1,7 @@
 """What processes leave behind, as Linux's /proc tells it; and steps of a request under faults."""
 
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ from outrider.speculation.statistics import SpeculationStatistics
 
 SECONDS = 30.0
 """Far more than anything here takes, also on a busy machine."""
+INTERRUPTED = (130, -signal.SIGINT)
+"""Exit codes of a program that Ctrl-C ended, alike to a shell: CPython makes the second of the first if the
+signal came while an ``exec`` of a text ran, as named tuples need it at their import."""
 PAUSE = 0.004
 """Between two steps: a draft worker on a busy core has to get its turn to be of use."""
 
@@ -76,7 +80,10 @@ def accepted(completions: Sequence[Completion]) -> SpeculationStatistics:
 
 @dataclass
 class Trace:
-    """One request, step by step. stalls: seconds of each step beside the target's forward."""
+    """One request, step by step.
+
+    stalls: seconds of each step beside the target's forward, and beside those for which others had the core.
+    """
 
     token_ids: list[int] = field(default_factory=list)
     stalls: list[float] = field(default_factory=list)
@@ -93,9 +100,14 @@ def traced(llm: LLM, request: Request, before_step: Callable[[int, Trace], None]
             time.sleep(PAUSE)
             if before_step is not None:
                 before_step(step, trace)
-            began, forwards = time.perf_counter(), run.stats.target_seconds
+            began, forwards, kept_off = time.perf_counter(), run.stats.target_seconds, _seconds_kept_off()
             trace.token_ids += run.step().token_ids
-            elapsed = time.perf_counter() - began
+            elapsed = time.perf_counter() - began - (_seconds_kept_off() - kept_off)
             trace.stalls.append(elapsed - (run.stats.target_seconds - forwards))
             step += 1
     return trace
+
+
+def _seconds_kept_off() -> float:
+    """For how long this thread could have run and had no core."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9

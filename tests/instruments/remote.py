@@ -6,6 +6,7 @@ pipelines, workers and the wire format are the real ones.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from outrider.actors.draft_worker import DraftWorker
 from outrider.actors.request_run import RequestRun
 from outrider.actors.runner import TreeQuery
 from outrider.actors.target_engine import TargetEngine, TargetModel
+from outrider.actors.tracing import Trace
 from outrider.actors.transport import Arrivals, DraftChannel
 from outrider.actors.virtual import (
     BusyTime,
@@ -29,13 +31,12 @@ from outrider.actors.virtual import (
     VirtualWorker,
     faultless,
 )
-from outrider.speculation.pipelines.registry import PIPELINES
+from outrider.speculation.pipelines import registry
+from outrider.speculation.pipelines.registry import PIPELINES, growth_limits
 from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.replication.messages import (
-    NO_LIMIT,
     PROTOCOL_VERSION,
     DrafterMessage,
-    GrowthLimits,
     Hello,
     TargetMessage,
     Welcome,
@@ -128,16 +129,20 @@ class Target:
         shape: TreeShape,
         eos_ids: tuple[int, ...] = (),
         lag: int = 0,
+        num_drafters: int = 1,
+        trace: Trace | None = None,
     ) -> None:
         self.world, self.lm = world, lm
-        limits = GrowthLimits(
-            width=shape.width,
-            children=shape.children,
-            steps=NO_LIMIT if pipeline == "parallel" else shape.depth,
-            min_score=shape.min_score,
-        )
+        limits = growth_limits(pipeline, shape)
+        of_each = registry.num_drafters(pipeline, num_drafters)
         self.pool = DraftPool(
-            channels, arrivals, limits=lambda _: limits, vocab_size=lm.vocab_size, clock=world
+            channels,
+            arrivals,
+            limits=lambda _: limits,
+            vocab_size=lm.vocab_size,
+            clock=world,
+            num_drafters=lambda _: of_each,
+            trace=trace,
         )
         self.engine = TargetEngine(
             TargetModel(runner=lm, vocab_size=lm.vocab_size, eos_ids=eos_ids, detokenizer=_letters(lag)),
@@ -147,6 +152,7 @@ class Target:
             shape=shape,
             make_pipeline=PIPELINES[pipeline],
             clock=world,
+            trace=trace,
         )
         self.stalls: list[float] = []
 
@@ -192,39 +198,51 @@ def _letters(lag: int) -> Callable[[Request], TextSource]:
 class Deployment:
     """A world of targets that all know all workers.
 
-    draft: the workers' table, by default the target's own. faults: to the workers, to the
-    targets, of every link. skip: see ``TableDraftEngine``.
+    draft: the workers' table, or each one's, by default the target's own. pace: the first is the target's
+    if there is one for each worker. per_request: workers that
+    draft for a request. faults: to the workers, to the targets, of every link but those of the last
+    ``sound`` workers. skip: see ``TableDraftEngine``. trace: makes one for a clock; the first
+    target's.
     """
 
     def __init__(
         self,
         lm: TableLM,
         *,
-        draft: TableLM | None = None,
+        draft: TableLM | Sequence[TableLM] | None = None,
         pipeline: str = "parallel",
         shape: TreeShape | None = None,
-        pace: Pace | None = None,
+        pace: Pace | Sequence[Pace] | None = None,
         num_targets: int = 1,
         num_workers: int = 1,
+        per_request: int = 1,
         max_sessions: int = 8,
         faults: tuple[Faults, Faults] = (faultless, faultless),
+        sound: int = 0,
         skip: int = 0,
         eos_ids: tuple[int, ...] = (),
         lag: int = 0,
+        trace: Callable[[VirtualClock], Trace] | None = None,
     ) -> None:
-        self.world, self.pace = VirtualClock(), pace or Pace()
+        self.world = VirtualClock()
+        paces = pace if isinstance(pace, Sequence) else [pace or Pace()]
+        self.pace = paces[0]
         self.engines: list[TableDraftEngine] = []
         self.workers: list[VirtualWorker] = []
-        for _ in range(num_workers):
+        tables = draft if isinstance(draft, Sequence) else [draft or lm] * num_workers
+        for table, own in zip(tables, cycle(paces), strict=False):
             busy = BusyTime(self.world)
-            self.engines.append(TableDraftEngine(draft or lm, busy, self.pace.draft, skip=skip))
+            self.engines.append(TableDraftEngine(table, busy, own.draft, skip=skip))
             self.workers.append(VirtualWorker(self.world, DraftWorker(self.engines[-1], clock=busy), busy))
         self.links: list[list[VirtualLink]] = []
         self.targets: list[Target] = []
         for _ in range(num_targets):
+            faulty = [faults] * (len(self.workers) - sound) + [(faultless, faultless)] * sound
             links = [
-                self._link(worker, f"draft-{index}", lm.vocab_size, max_sessions, faults)
-                for index, worker in enumerate(self.workers)
+                self._link(worker, f"draft-{index}", lm.vocab_size, max_sessions, faults, own.delay)
+                for index, (worker, faults, own) in enumerate(
+                    zip(self.workers, faulty, cycle(paces), strict=False)
+                )
             ]
             self.links.append(links)
             self.targets.append(
@@ -237,6 +255,8 @@ class Deployment:
                     shape=shape or TreeShape(),
                     eos_ids=eos_ids,
                     lag=lag,
+                    num_drafters=per_request,
+                    trace=None if trace is None or self.targets else trace(self.world),
                 )
             )
         for target in self.targets:
@@ -277,6 +297,7 @@ class Deployment:
         vocab_size: int,
         max_sessions: int,
         faults: tuple[Faults, Faults],
+        delay: float,
     ) -> VirtualLink:
         down, up = faults
         return VirtualLink(
@@ -284,7 +305,7 @@ class Deployment:
             worker,
             hello=hello_for(vocab_size),
             welcome=welcome_of(name, vocab_size, max_sessions),
-            delay=self.pace.delay,
+            delay=delay,
             to_worker=down,
             to_target=up,
         )

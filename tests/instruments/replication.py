@@ -14,6 +14,7 @@ from outrider.actors.transport import Received
 from outrider.actors.virtual import VirtualClock
 from outrider.speculation.living_tree import LivingTree
 from outrider.speculation.replication.messages import ROOT_ID, Commit, Growth, GrowthLimits, Open
+from outrider.speculation.replication.pace import LinkPace
 from outrider.speculation.replication.publisher import Publisher
 from outrider.speculation.replication.replica import GapError, Placed, Replica
 from outrider.speculation.replication.text import CommittedText
@@ -228,14 +229,15 @@ def check_generations() -> None:
         1, request, limits=LIMITS, vocab_size=9, capacity=64, stats=stats, clock=world
     )  # fmt: skip
     channel = HostileChannel(world, 9)
-    session.open_at(channel, "drafter")
-    session.give_up()
-    session.open_at(channel, "drafter")
+    (feed,) = session.all_feeds
+    feed.open_at(channel, "drafter", LinkPace())
+    feed.give_up()
+    feed.open_at(channel, "drafter", LinkPace())
     old, new = chain_of(1, ROOT_ID, [4, 5], 3), chain_of(1, ROOT_ID, [6], 3)
-    session.receive([Received(old, 1)])
-    session.absorb()
+    feed.receive([Received(old, 1)])
+    feed.absorb()
     assert len(session.tree) == 0, "growth of an earlier generation was taken in"
     assert (stats.stale_messages, stats.stale_nodes) == (1, 2)
-    session.receive([Received(replace(new, generation=2), 1)])
-    session.absorb()
+    feed.receive([Received(replace(new, generation=2), 1)])
+    feed.absorb()
     assert texts_of(session.tree, request.prompt_ids) == {(1, 2, 3, 6)}

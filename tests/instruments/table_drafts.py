@@ -73,7 +73,7 @@ class TableDraftEngine:
     """A ``BatchDraftEngine`` over a table.
 
     skip: leaves out so many of the best guesses; with the target's own table and 1, it is
-    always wrong. capacity: nodes of a tree.
+    always wrong. capacity: nodes of a tree. seconds: of a draft step, from now on.
     """
 
     max_rows = 64
@@ -82,7 +82,7 @@ class TableDraftEngine:
         self, lm: TableLM, busy: BusyTime, seconds: float, *, skip: int = 0, capacity: int = 256
     ) -> None:
         self.lm, self.skip, self.capacity = lm, skip, capacity
-        self._busy, self._seconds = busy, seconds
+        self._busy, self.seconds = busy, seconds
         self.sessions: list[TableDraftSession] = []
 
     def open_session(
@@ -99,6 +99,6 @@ class TableDraftEngine:
         return self.sessions[-1]
 
     def grow(self, plan: Sequence[tuple[TableDraftSession, IntArray]]) -> None:
-        self._busy.spend(self._seconds)
+        self._busy.spend(self.seconds)
         for session, slots in plan:
             session.expand(slots)

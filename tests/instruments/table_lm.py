@@ -102,14 +102,16 @@ class TableLM:
     def free(self) -> int:
         return self.memory - sum(sequence.room for sequence in self.sequences)
 
-    def open(self, text: IntArray, like: tuple[TableSequence, int] | None = None) -> TableSequence | None:
+    def open(
+        self, text: IntArray, like: tuple[TableSequence, int] | None = None, reusable: int | None = None
+    ) -> TableSequence | None:
         sequence = TableSequence(self)
         if not sequence.reserve(len(text)):
             return None
         if like is not None:
             other, shared = like
             assert [entry.token for entry in other.entries[:shared]] == text[:shared].tolist()
-            sequence.entries = other.entries[: min(shared, len(text) - 1)]
+            sequence.entries = other.entries[: min(shared, len(text) - 1 if reusable is None else reusable)]
             sequence.length = len(sequence.entries)
         self.sequences.append(sequence)
         return sequence
@@ -120,13 +122,18 @@ class TableLM:
             for token in query.tokens.tolist():
                 query.sequence.append(Entry(token, query.sequence.digest()))
         return [
-            torch.zeros(0, self.vocab_size + 1)
-            if query.tree is None
-            else self._answer(query.sequence, query.tree)
+            torch.cat((self._answer_text(query), self._answer(query.sequence, query.tree)))
             for query in queries
         ]
 
-    def _answer(self, sequence: TableSequence, tree: DraftTree) -> torch.Tensor:
+    def _answer_text(self, query: TreeQuery[TableSequence]) -> torch.Tensor:
+        text = [entry.token for entry in query.sequence.entries]
+        stop = len(text) - (query.tree is not None)
+        return self._padded([self.row(text[: at + 1]) for at in range(stop - query.text_logits, stop)])
+
+    def _answer(self, sequence: TableSequence, tree: DraftTree | None) -> torch.Tensor:
+        if tree is None:
+            return self._padded([])
         self.rows += len(tree) + 1
         assert len(sequence.entries) + len(tree) <= sequence.room, "the tree has outgrown its room"
         digest = sequence.digest()
@@ -139,8 +146,12 @@ class TableLM:
             path = [sequence.nodes[each] for each in self.path_slots(tree, node)]
             read(path, digest)
             rows.append(self.row([entry.token for entry in sequence.entries + path]))
-        padding = np.full((len(rows), 1), PADDING_LOGIT)
-        return torch.from_numpy(np.concatenate((np.stack(rows), padding), axis=1))
+        return self._padded(rows)
+
+    def _padded(self, rows: list[FloatArray]) -> torch.Tensor:
+        logits = np.full((len(rows), self.vocab_size + 1), PADDING_LOGIT)
+        logits[:, :-1] = np.reshape(rows, (len(rows), self.vocab_size))
+        return torch.from_numpy(logits)
 
     def path_slots(self, tree: DraftTree, node: int) -> list[int]:
         """Where the entries that a node attends lie, from the root downwards."""

@@ -19,13 +19,16 @@ from outrider.models.parallel import LOOPBACK, RankGroup, open_store
 
 
 class RankServers:
-    """Processes for the ranks from 1 on."""
+    """Processes for the ranks from 1 on.
 
-    def __init__(self, count: int) -> None:
+    words: see ``rank_server``.
+    """
+
+    def __init__(self, count: int, *words: str) -> None:
         script = Path(__file__).with_name("rank_server.py")
         self._processes = [
             subprocess.Popen(
-                [sys.executable, "-W", "error", script],
+                [sys.executable, "-W", "error", script, *words],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

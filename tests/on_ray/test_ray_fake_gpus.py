@@ -26,9 +26,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:subprocess .* is still running:ResourceWarning",
     "ignore:unclosed file:ResourceWarning",
 )
-ROUNDS = 10
+ROUNDS = 4
 """Starts and stops after which nothing may be left."""
-PLACING_ROUNDS = 30
+PLACING_ROUNDS = 10
 """Stops in the midst of placing, each of which takes tens of milliseconds."""
 READY_SECONDS = 60.0
 OBJECT_STORE_BYTES = 80 << 20
@@ -42,6 +42,8 @@ def _two_nodes() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # A node cannot offer GPUs, not even made-up ones, that are hidden from the process that starts it.
+        patch.delenv("CUDA_VISIBLE_DEVICES")
         # Must stand before Ray is imported, and stay for as long as it is.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", "a-token-for-tests")
@@ -88,7 +90,7 @@ def play(monkeypatch: pytest.MonkeyPatch, target: dict[str, Any], ranks: int, sc
 
     config = parse_config({"target": target, "limits": {"start_seconds": READY_SECONDS}}, "x")
 
-    def needs(_: ClusterConfig) -> list[Need]:
+    def needs(_: ClusterConfig, *, at_most: bool = False) -> list[Need]:  # noqa: ARG001
         return [Need(name="target-0", ranks=ranks, each=config.target)]
 
     monkeypatch.setattr(controller_module, "needs_of", needs)

@@ -1,6 +1,7 @@
 """A draft worker that says anything at any time: output is the plain one, nothing piles up, nobody waits."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from instruments.table_lm import TableLM
 
 from outrider.actors.draft_pool import REPLICA_CAPACITY
 from outrider.actors.remote_session import RemoteSession
-from outrider.actors.virtual import VirtualClock
+from outrider.actors.virtual import VirtualArrivals, VirtualClock
 from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.replication.messages import MAX_GROWTH_NODES, Growth, Lost
 from outrider.speculation.replication.replica import MAX_ALIASES, WINDOW
@@ -21,7 +22,7 @@ from outrider.speculation.sampling_params import SamplingParams
 VOCAB = 5
 PROMPT = [1, 2, 3]
 LM = TableLM.random(7, vocab_size=VOCAB, order=2)
-PIPELINES = pytest.mark.parametrize("pipeline", ["parallel", "serial"])
+PIPELINES = pytest.mark.parametrize("pipeline", ["parallel", "serial", "pearl"])
 PARAMS = SamplingParams(seed=3, max_tokens=24)
 SCORES = [0.0, 1e-38, 0.3, 0.9, 1.0, 1.0, 1.0]
 WILD_SCORES = [np.nan, np.inf, -0.5, 1.5, 3e38]
@@ -30,11 +31,14 @@ WILD_SCORES = [np.nan, np.inf, -0.5, 1.5, 3e38]
 class Liar:
     """Sends growth that is right as often as not, so that much of it is taken in.
 
-    honesty: the chance that a value of a message is what it should be.
+    honesty: the chance that a value of a message is what it should be. number: among the drafters.
     """
 
-    def __init__(self, seed: int, honesty: float, target: Target, channel: HostileChannel) -> None:
-        self._rng, self._honesty = np.random.default_rng(seed), honesty
+    def __init__(
+        self, seed: int, honesty: float, target: Target, channel: HostileChannel, number: int = 0
+    ) -> None:
+        self._rng, self._honesty = np.random.default_rng([seed, number]), honesty
+        self._number = number
         self._target, self._channel = target, channel
         self._generation, self._next_id = 0, 1
         self.sessions: list[RemoteSession] = []
@@ -72,12 +76,12 @@ class Liar:
         if generation == self._generation:
             self._next_id = first + count
         replica = self._session(session)
-        sequence = replica._sequence if replica else 0
+        sequence = replica.all_feeds[self._number]._sequence if replica else 0
         return Growth(
             session=session,
             generation=generation,
             seen_commit=self._maybe(sequence, rng.integers(0, sequence + 3)),
-            base_length=self._maybe(replica._text.length if replica else 3, rng.integers(0, 40)),
+            base_length=self._maybe(replica.text.length if replica else 3, rng.integers(0, 40)),
             first_id=first,
             parents=parents,
             tokens=tokens,
@@ -99,14 +103,20 @@ class Liar:
 
 
 def hostile_target(pipeline: str) -> tuple[Target, HostileChannel]:
+    target, (channel,) = target_among_liars(pipeline, 1)
+    return target, channel
+
+
+def target_among_liars(pipeline: str, count: int) -> tuple[Target, list[HostileChannel]]:
+    """All of which draft for each of its requests."""
     world = VirtualClock()
-    channel = HostileChannel(world, VOCAB)
+    channels = [HostileChannel(world, VOCAB) for _ in range(count)]
     target = Target(
-        world, TimedTable(LM, world, Pace(target=0.03)), [channel], channel,
-        pipeline=pipeline, shape=TreeShape(),
+        world, TimedTable(LM, world, Pace(target=0.03)), channels, VirtualArrivals(world, channels),
+        pipeline=pipeline, shape=TreeShape(), num_drafters=count,
     )  # fmt: skip
     target.pool.poll()
-    return target, channel
+    return target, channels
 
 
 def session_of(outcome: Finished) -> RemoteSession:
@@ -117,9 +127,11 @@ def session_of(outcome: Finished) -> RemoteSession:
 
 def require_bounded(session: RemoteSession) -> None:
     assert len(session.tree) <= session.tree.capacity == REPLICA_CAPACITY
-    assert session._pending == []
-    replica = session._replica
-    if replica is not None:
+    for feed in session.all_feeds:
+        assert feed._pending == []
+        replica = feed._replica
+        if replica is None:
+            continue
         assert len(replica._slots) == len(replica._births) == len(replica._positions) == WINDOW
         assert len(replica._committed_births) == len(replica._committed_positions) <= MAX_ALIASES
 
@@ -131,25 +143,30 @@ def require_bounded(session: RemoteSession) -> None:
     honesty=st.sampled_from([0.5, 0.9, 0.99, 0.999]),
     pause=st.sampled_from([0.0007, 0.004, 0.03]),
     greedy=st.booleans(),
+    count=st.sampled_from([1, 1, 2]),
 )
-def test_output_does_not_depend_on_what_a_worker_says(
-    pipeline: str, seed: int, honesty: float, pause: float, greedy: bool
+def test_output_does_not_depend_on_what_workers_say(
+    pipeline: str, seed: int, honesty: float, pause: float, greedy: bool, count: int
 ) -> None:
     params = replace(PARAMS, temperature=0.0 if greedy else 1.0)
-    target, channel = hostile_target(pipeline)
-    liar = Liar(seed, honesty, target, channel)
+    target, channels = target_among_liars(pipeline, count)
+    liars = [Liar(seed, honesty, target, each, number) for number, each in enumerate(channels)]
     running = [target.start(PROMPT, params), target.start([4], params)]
-    liar.sessions = [session_of(each) for each in running]
+    sessions = [session_of(each) for each in running]
+    for liar in liars:
+        # With pearl a request has but one drafter.
+        liar.sessions = [] if pipeline == "pearl" and count > 1 else sessions
 
-    def say_more() -> None:
+    def say_more(liar: Liar) -> None:
         liar.speak()
-        target.world.after(pause, say_more)
+        target.world.after(pause, partial(say_more, liar))
 
     def between() -> None:
-        for session in liar.sessions:
+        for session in sessions:
             require_bounded(session)
 
-    say_more()
+    for liar in liars:
+        say_more(liar)
     target.finish(running, between)
     assert running[0].token_ids == plain(LM, PROMPT, params)
     assert running[1].token_ids == plain(LM, [4], params)
@@ -224,8 +241,8 @@ def test_endless_growth_fills_no_more_than_the_tree(pipeline: str) -> None:
             parents = [max(0, each - int(rng.integers(1, 300))) for each in range(first, first + 200)]
             channel.say(
                 Growth(
-                    session=1, generation=generation, seen_commit=session._sequence,
-                    base_length=session._text.length, first_id=first, parents=np.array(parents),
+                    session=1, generation=generation, seen_commit=session.all_feeds[0]._sequence,
+                    base_length=session.text.length, first_id=first, parents=np.array(parents),
                     tokens=rng.integers(0, VOCAB, 200), scores=np.ones(200, np.float32),
                 )
             )  # fmt: skip

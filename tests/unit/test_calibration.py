@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from outrider.speculation.calibration import NUM_RANKS, RankCalibration
+from outrider.speculation.calibration import (
+    CREDIT_MEMORY,
+    CREDIT_PRIOR,
+    NUM_RANKS,
+    RankCalibration,
+    TextCredit,
+)
 from outrider.speculation.types import FloatArray
 
 
@@ -97,3 +103,26 @@ def test_malformed_arguments_are_refused() -> None:
         RankCalibration().correct([-1], [0.5])
     with pytest.raises(ValueError, match="outcomes for"):
         RankCalibration().observe([0], [0.5], [True, False])
+
+
+def test_a_text_s_credit_is_what_came_of_what_was_promised() -> None:
+    credit = TextCredit()
+    assert credit.factor == 1.0
+    credit.observe(1, hits=0, expected=0.9)
+    assert credit.factor == pytest.approx(CREDIT_PRIOR / (CREDIT_PRIOR + 0.9))
+    credit.observe(3, hits=2, expected=2.5)
+    old = CREDIT_MEMORY**3
+    assert credit.factor == pytest.approx((CREDIT_PRIOR + 2) / (CREDIT_PRIOR + 0.9 * old + 2.5))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.8, 1.0])
+def test_a_text_s_credit_follows_the_text(rate: float) -> None:
+    rng, credit = np.random.default_rng(0), TextCredit()
+    for _ in range(400):
+        credit.observe(1, hits=1, expected=0.8)
+    assert credit.factor > 1.0
+    for _ in range(400):
+        credit.observe(1, hits=int(rng.random() < rate), expected=0.8)
+    settled = 0.8 / (1 - CREDIT_MEMORY)
+    target = (CREDIT_PRIOR + settled * rate / 0.8) / (CREDIT_PRIOR + settled)
+    assert credit.factor == pytest.approx(target, rel=0.12)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from instruments.processes import INTERRUPTED
 
 import outrider
 from outrider.cluster.cli import output
@@ -65,6 +66,21 @@ def test_a_seed_repeats_all_choices_and_speculation_changes_none(outrider_: Run,
     assert tokens[0][0] != tokens[0][1]
     assert accepted[0] > 0
     assert accepted[2:] == [0, 0]
+
+
+def test_json_has_a_place_for_log_probabilities(outrider_: Run, target: str) -> None:
+    words = ("generate", "--target", target, "--prompt", "def f", "--max-tokens", "3", "--json")
+    _, out, _ = outrider_(*words, "--logprobs", "2", "--prompt-logprobs", "0")
+    (row,) = rows(out)
+    for entry, token in zip(row["logprobs"], row["token_ids"], strict=True):
+        assert entry["top"][0] == [token, entry["logprob"]]
+        assert (entry["token_id"], entry["rank"], len(entry["top"])) == (token, 1, 2)
+    first, *others = row["prompt_logprobs"]
+    assert first is None
+    assert others
+    assert all(entry["top"] == [] and entry["logprob"] < 0 for entry in others)
+    _, out, _ = outrider_(*words, "--logprobs", "0")
+    assert "prompt_logprobs" not in rows(out)[0]
 
 
 def test_a_stop_string_ends_the_text_before_it(outrider_: Run, target: str) -> None:
@@ -166,7 +182,7 @@ def test_help_and_version(outrider_: Run) -> None:
     assert "examples:" in out
     flags = "prompt prompt-file target draft max-tokens temperature top-p top-k min-p seed n stop dtype"
     flags += " numerics no-speculation num-speculative-tokens json speculative-config max-model-len"
-    flags += " ignore-eos threads tensor-parallel-size debug"
+    flags += " ignore-eos threads tensor-parallel-size debug logprobs prompt-logprobs"
     for flag in flags.split():
         assert f"--{flag}" in out
     assert "-sc " in out
@@ -222,6 +238,6 @@ def test_ctrl_c_while_text_appears(target: str) -> None:
             os.close(main_end)
         # It takes a fraction of a second; the limit only tells that from a hang on a busy machine.
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode in INTERRUPTED
     assert err.decode().splitlines()[-1] == "outrider: interrupted"
     assert "Traceback" not in err.decode()

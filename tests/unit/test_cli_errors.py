@@ -39,11 +39,26 @@ WRONG: list[tuple[list[str], str]] = [
     (["generate", "--prompt", "a", "--seed", "-1"], "--seed must be None or within [0, 2**64), not -1"),
     (["generate", "--prompt", "a", "--n", "0"], "--n must be at least 1, not 0"),
     (["generate", "--prompt", "a", "--stop", ""], "--stop must be non-empty strings, not ''"),
+    (["generate", "--prompt", "a", "--logprobs", "1"], "--logprobs needs --json, which has a field"),
+    (["generate", "--prompt", "a", "--prompt-logprobs", "1"], "--prompt-logprobs needs --json, which"),
+    (
+        ["generate", "--prompt", "a", "--json", "--prompt-logprobs", "21"],
+        "--prompt-logprobs must be None or within [0, 20], not 21",
+    ),
     (["generate", "--prompt", "a", "--threads", "0"], "--threads must be at least 1, not 0"),
     (["generate", "--prompt", "a", "-tp", "0"], "--tensor-parallel-size must be a positive integer, not 0"),
     (["generate", "--prompt", "a", "-tp", "4"], "tensor_parallel_size 4 does not divide the model's 6"),
     (["generate", "--prompt", "a", "--numerics", "odd"], "--numerics must be canonical or fast, not 'odd'"),
     (["generate", "--prompt", "a", "--target", "/no/model"], "there is no model folder '/no/model'"),
+    (
+        ["generate", "--prompt", "a", "--quantization", "int8"],
+        "--quantization must be a drafter's, not 'int8': the target's numbers",
+    ),
+    (
+        ["generate", "--prompt", "a", "-sc", '{"model": "x", "quantization": "fp8"}'],
+        "quantization must be one of int8, not 'fp8'",
+    ),
+    (["draft-worker", "--quantization", "fp8"], "--quantization must be int8, not 'fp8'"),
     (["generate", "--prompt", "a", "-sc", "{"], "must be JSON, and '{' is not"),
     (["generate", "--prompt", "a", "-sc", "[1]"], "must be a JSON object such as '{\"key\": 1}', not '[1]'"),
     (["generate", "--prompt", "a", "-sc", '{"modle": 1}'], "unknown key 'modle'; did you mean 'model'?"),
@@ -112,7 +127,7 @@ def test_other_failures_are_one_line_and_debug_adds_the_traceback(
     def fail(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr(generate, "_load", fail)
+    monkeypatch.setattr(generate, "load_llm", fail)
     assert outrider_("generate", "--prompt", "a") == (code, "", line + "\n")
     _, _, err = outrider_("generate", "--prompt", "a", "--debug")
     assert err.splitlines()[-1] == line

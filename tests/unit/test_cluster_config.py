@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from outrider.cluster.cluster_config import ClusterConfig, load_config, parse_config
+from outrider.cluster.workers_config import WorkersConfig
 from outrider.models.demo import pair
 from outrider.speculation.errors import InvalidConfigError
 
@@ -26,6 +27,29 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "target.kv_cache_memory must be bytes or a size such as 4GiB, not 'much'",
     ),
     ({"target": {"max_num_batched_tokens": 0}}, "target.max_num_batched_tokens should be greater"),
+    (
+        {"target": {"max_num_batched_tokens": 65}},
+        "target: max_num_batched_tokens above 64 needs a GPU and numerics 'fast', not 65",
+    ),
+    (
+        {"target": {"max_num_batched_tokens": 65, "num_gpus": 1, "numerics": "canonical"}},
+        "target: max_num_batched_tokens above 64 needs a GPU and numerics 'fast', not 65",
+    ),
+    ({"target": {"device": "tpu"}}, "target.device should be 'auto', 'cpu' or 'cuda', not 'tpu'"),
+    ({"target": {"device": "cuda"}}, "target: device 'cuda' needs num_gpus above 0"),
+    ({"draft": {"device": "cuda"}}, "draft[0]: device 'cuda' needs num_gpus above 0"),
+    (
+        {"target": {"num_gpus": 0.5, "tensor_parallel_size": 2}},
+        "target: tensor_parallel_size 2 needs num_gpus 1 at least, for each rank takes a whole one, not 0.5",
+    ),
+    (
+        {"draft": {"num_gpus": 1, "tensor_parallel_size": 2}},
+        "draft[0]: tensor_parallel_size 2 needs num_gpus 2 at least, for each rank takes a whole one, not 1",
+    ),
+    (
+        {"draft": {"num_gpus": 1, "device": "cuda", "quantization": "int8"}},
+        "draft[0]: quantization 'int8' is for CPUs, not for device 'cuda'",
+    ),
     ({"target": {"gpu_memory_utilization": 1.5}}, "target.gpu_memory_utilization should be less than"),
     ({"target": {"enable_prefix_caching": "x"}}, "target.enable_prefix_caching should be a valid boolean"),
     ({"target": {"target_profile": 7}}, "target.target_profile should be a valid string, not 7"),
@@ -36,6 +60,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"target": {"labels": {"tier": 1}}}, "target.labels.tier should be a valid string, not 1"),
     ({"target": {"accelerator_type": 1}}, "target.accelerator_type should be a valid string"),
     ({"target": {"threads": 0}}, "target.threads should be greater"),
+    (
+        {"target": {"quantization": "int8"}},
+        "target.quantization must be a draft pool's, not 'int8': the target's",
+    ),
+    ({"draft": {"quantization": "fp8"}}, "draft[0].quantization should be 'int8', not 'fp8'"),
+    (
+        {"draft": {"method": "ngram", "quantization": "int8"}},
+        "draft[0]: method 'ngram' has no weights, so quantization 'int8' must go",
+    ),
+    (
+        {"draft": {}, "speculation": {"quantization": "int8"}},
+        "speculation: quantization belongs to a draft pool",
+    ),
     ({"draft": 5}, "draft should be a valid list, not 5"),
     ({"draft": {"nme": "x"}}, "draft[0].nme: unknown key; did you mean 'name'?"),
     ({"draft": {"name": "UP"}}, "draft[0].name must be lower-case"),
@@ -50,6 +87,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"draft": {}, "speculation": {"pipelin": "x"}}, "speculation: unknown key 'pipelin'; did you mean"),
     ({"draft": {}, "speculation": {"pipeline": "x"}}, "speculation: pipeline must be one of"),
     ({"draft": {}, "speculation": {"model": "m"}}, "speculation: model belongs to a draft pool"),
+    ({"draft": {}, "speculation": {"workers": 2}}, "speculation: workers may say per_request"),
+    ({"draft": {}, "speculation": {"workers": {"count": 2}}}, "speculation: workers may say per_request"),
+    (
+        {"draft": {}, "speculation": {"workers": {"per_request": 9}}},
+        "speculation.workers: per_request must be at most 8, not 9",
+    ),
     ({"limits": {"start_seconds": 0}}, "limits.start_seconds should be greater than 0, not 0"),
     ({"limits": {"max_tokens": 0}}, "limits.max_tokens should be greater"),
     ({"limits": {"max_choices": 0}}, "limits.max_choices should be greater"),
@@ -91,6 +134,15 @@ def test_one_pool_needs_no_list() -> None:
     assert given["workers"]["addresses"] == ["h:1"]
 
 
+def test_several_workers_may_draft_for_a_request() -> None:
+    values = {"draft": {"replicas": 3}, "speculation": {"workers": {"per_request": 2}}}
+    for addresses in ([], ["h:1", "h:2", "h:3"]):
+        given = parse_config(values, "x").speculative_config(addresses)
+        assert given is not None
+        workers = WorkersConfig.parse(given["workers"])
+        assert (workers.per_request, list(workers.addresses)) == (2, addresses)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -117,3 +169,17 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(InvalidConfigError, match="it is not UTF-8 text"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "device"),
+    [
+        ({}, "cpu"),
+        ({"num_gpus": 1}, "auto"),
+        ({"num_gpus": 0.5, "device": "cuda"}, "cuda"),
+        ({"num_gpus": 1, "device": "cpu"}, "cpu"),
+    ],
+)
+def test_a_process_without_a_gpu_of_its_own_uses_none(section: dict[str, Any], device: str) -> None:
+    config = parse_config({"target": section, "draft": section}, "cluster.yaml")
+    assert config.target.engine_settings["device"] == config.draft[0].own_device == device

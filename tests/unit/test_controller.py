@@ -11,6 +11,7 @@ import pytest
 from outrider.cluster.cluster_config import parse_config
 from outrider.cluster.controller import Controller, Reports, is_lasting
 from outrider.cluster.directory import Place
+from outrider.cluster.draft_scaling import QUIET_SECONDS
 from outrider.cluster.placement import Need
 from outrider.cluster.supervisor import FIRST_PAUSE, Role
 from outrider.speculation.errors import InvalidConfigError, ModelNotFoundError, WorkerError
@@ -380,3 +381,33 @@ def test_what_would_fail_again() -> None:
     assert is_lasting(InvalidConfigError("x"))
     assert not is_lasting(WorkerError("x"))
     assert not is_lasting(RuntimeError("x"))
+
+
+def test_draft_workers_come_and_go_with_what_there_is_to_draft() -> None:
+    async def scenario(stage: Stage) -> None:
+        targets = stage.bring_up()
+        assert [each.need.name for each in stage.launcher.launches] == ["target-0", "draft-0"]
+        await stage.controller.wait_ready(1.0)
+        assert stage.row("draft-1")["phase"] == "resting"
+        stage.launched("draft-0").reports.sessions(4)
+        await stage.pass_time()
+        second = stage.launched("draft-1").draft()
+        assert targets["target-0"].told[-1] == ["draft-0:2", second]
+        stage.launched("draft-1").reports.sessions(1)
+        stage.launched("draft-0").reports.sessions(0)
+        await stage.pass_time()
+        assert stage.launcher.discarded == []
+        await stage.pass_time(QUIET_SECONDS)
+        stage.controller._wake.set()
+        await stage.pass_time()
+        # The busier one stays.
+        assert stage.launcher.discarded == [("draft-0", 2)]
+        assert targets["target-0"].told[-1] == [second]
+        assert stage.row("draft-0")["phase"] == "resting"
+        # What the one that rests still says is not heard.
+        stage.launched("draft-0").reports.sessions(9)
+        stage.launched("draft-0").reports.ended("killed")
+        await stage.pass_time()
+        assert stage.row("draft-0")["phase"] == "resting"
+
+    play({"draft": {"max_replicas": 2, "max_sessions": 4}}, scenario)

@@ -6,8 +6,9 @@ from instruments.remote import welcome_of
 
 from outrider.actors import wire
 from outrider.actors.draft_pool import AVOIDED_SECONDS, DraftPool
-from outrider.actors.remote_session import FIRST_BACKOFF, MAX_BACKOFF, SILENCE, RemoteSession
-from outrider.actors.transport import Disconnected, Overflowed, Received
+from outrider.actors.feed import FIRST_BACKOFF, MAX_BACKOFF, SILENCE
+from outrider.actors.remote_session import RemoteSession
+from outrider.actors.transport import Disconnected, DraftChannel, Overflowed, Received
 from outrider.actors.virtual import VirtualClock
 from outrider.speculation.replication.messages import (
     NO_LIMIT,
@@ -71,12 +72,13 @@ class Nothing:
 
 
 class Bench:
-    def __init__(self, *rooms: int) -> None:
+    def __init__(self, *rooms: int, per_request: int = 1) -> None:
         self.world = VirtualClock()
         self.channels = [Channel(f"w{index}", room) for index, room in enumerate(rooms)]
         self.pool = DraftPool(
-            self.channels, Nothing(self.world), limits=lambda _: LIMITS, vocab_size=VOCAB, clock=self.world
-        )
+            self.channels, Nothing(self.world), limits=lambda _: LIMITS, vocab_size=VOCAB, clock=self.world,
+            num_drafters=lambda _: per_request,
+        )  # fmt: skip
         self.pool.poll()
 
     def open(self) -> RemoteSession:
@@ -96,6 +98,12 @@ def growth(
         first_id=first_id, parents=np.zeros(1, np.int64), tokens=np.array([4]),
         scores=np.ones(1, np.float32),
     )  # fmt: skip
+
+
+def place(session: RemoteSession) -> DraftChannel | None:
+    """Where its only drafter is."""
+    (feed,) = session.all_feeds
+    return feed.channel
 
 
 def test_requests_go_where_the_fewest_are() -> None:
@@ -143,17 +151,17 @@ def test_failover_prefers_a_worker_that_did_not_fail() -> None:
     session = bench.open()
     # The others are busier than the one that fails.
     others = [bench.open() for _ in range(5)]
-    assert session.channel is bench.channels[0]
+    assert place(session) is bench.channels[0]
     others[2].close()
     bench.channels[0].say(Lost(session=session.number, generation=1))
     bench.pool.poll()
     bench.later(FIRST_BACKOFF + 0.001)
-    assert session.channel in bench.channels[1:]
+    assert place(session) in bench.channels[1:]
     assert (session.stats.generations, session.stats.drafter_failovers) == (2, 1)
     new = bench.open()
-    assert new.channel is not bench.channels[0]
+    assert place(new) is not bench.channels[0]
     bench.later(AVOIDED_SECONDS)
-    assert bench.open().channel is bench.channels[0]
+    assert place(bench.open()) is bench.channels[0]
 
 
 def test_a_worker_that_is_the_only_one_is_tried_again() -> None:
@@ -175,7 +183,7 @@ def test_the_pauses_double_until_a_commit_was_seen() -> None:
     for generation in range(1, 11):
         bench.channels[0].say(Lost(session=1, generation=generation))
         bench.pool.poll()
-        pauses.append(session.retry_at - bench.world.now)
+        pauses.append(session.all_feeds[0].retry_at - bench.world.now)
         bench.later(pauses[-1] + 0.001)
     assert pauses == pytest.approx([min(MAX_BACKOFF, FIRST_BACKOFF * 2**count) for count in range(10)])
     bench.channels[0].say(growth(session, generation=11))
@@ -185,7 +193,8 @@ def test_the_pauses_double_until_a_commit_was_seen() -> None:
     bench.channels[0].say(Lost(session=1, generation=11))
     bench.pool.poll()
     bench.pool.poll()
-    assert session.retry_at - bench.world.now in (pytest.approx(FIRST_BACKOFF), pytest.approx(MAX_BACKOFF))
+    pause = session.all_feeds[0].retry_at - bench.world.now
+    assert pause in (pytest.approx(FIRST_BACKOFF), pytest.approx(MAX_BACKOFF))
 
 
 def test_silence_ends_a_generation() -> None:
@@ -280,3 +289,77 @@ def test_waiting_for_workers_takes_no_longer_than_allowed() -> None:
     began = bench.world.now
     assert bench.pool.wait_for_workers(3.0) == 0
     assert bench.world.now - began == pytest.approx(3.0)
+
+
+def places(session: RemoteSession) -> set[str]:
+    """Where drafters of a request are; never two at one worker."""
+    found = [feed.channel.address for feed in session.feeds if feed.channel is not None]
+    assert len(set(found)) == len(found) == len(session.feeds)
+    return set(found)
+
+
+def test_several_draft_for_a_request_each_in_a_generation_of_its_own() -> None:
+    bench = Bench(8, 8, 8, per_request=2)
+    session = bench.open()
+    assert places(session) == {"w0", "w1"}
+    assert [channel.opened for channel in bench.channels] == [[(1, 1)], [(1, 2)], []]
+    bench.channels[0].say(growth(session))
+    bench.channels[1].say(growth(session, generation=2))
+    bench.channels[1].say(growth(session, generation=2, first_id=2))
+    bench.pool.poll()
+    assert len(session.tree) == 1, "three nodes with the same parent and token are one"
+    assert session.proposers(session.tree.slots) == {"w0": 1}
+    session.commit(np.array([4]))
+    commits = [channel.sent[-1] for channel in bench.channels[:2]]
+    assert [(each.generation, each.sequence) for each in commits if isinstance(each, Commit)] == [
+        (1, 1),
+        (2, 1),
+    ]
+    session.close()
+    assert bench.pool.num_sessions == 2
+    bench.pool.poll()
+    assert bench.pool.num_sessions == 0
+    assert all(isinstance(channel.sent[-1], Close) for channel in bench.channels[:2])
+
+
+def test_only_the_drafter_that_failed_is_replaced() -> None:
+    bench = Bench(8, 8, 8, per_request=2)
+    session = bench.open()
+    bench.channels[0].say(growth(session))
+    bench.channels[1].say(Lost(session=1, generation=2))
+    bench.pool.poll()
+    assert places(session) == {"w0"}
+    bench.later(FIRST_BACKOFF + 0.001)
+    assert places(session) == {"w0", "w2"}
+    assert (session.stats.generations, session.stats.drafter_failovers) == (3, 1)
+    assert len(bench.channels[0].opened) == 1
+
+
+def test_a_request_takes_what_there_is_and_more_once_it_comes() -> None:
+    bench = Bench(8, per_request=3)
+    session = bench.open()
+    assert places(session) == {"w0"}
+    late = Channel("w1", 8)
+    bench.pool.add(late)
+    bench.pool.poll()
+    assert places(session) == {"w0", "w1"}
+    assert session.stats.drafter_failovers == 0
+
+
+def test_nobody_goes_without_while_another_has_several() -> None:
+    bench = Bench(1, 1, per_request=2)
+    first = bench.open()
+    assert places(first) == {"w0", "w1"}
+    second = bench.open()
+    assert len(places(first)) == len(places(second)) == 1
+    third = bench.open()
+    assert not third.reachable
+    for _ in range(3):
+        bench.pool.poll()
+    assert len(first.feeds) == len(second.feeds) == 1, "they take each other's places"
+    first.close()
+    bench.pool.poll()
+    assert len(second.feeds) == len(third.feeds) == 1, "who has nobody comes first"
+    second.close()
+    bench.pool.poll()
+    assert places(third) == {"w0", "w1"}

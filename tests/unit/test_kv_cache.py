@@ -161,6 +161,63 @@ def test_a_fork_without_a_block_for_the_rest_takes_nothing() -> None:
     cache.check([parent.blocks, whole.blocks])
 
 
+def test_blocks_behind_the_window_are_given_back_and_found_as_long_as_they_last() -> None:
+    window, text = 40, np.arange(1, 201)
+    cache = make_cache(8, window=window)
+    sequence = KVSequence(cache)
+    for length in (71, 72, 104, 200):
+        write(cache, sequence, text[:length])
+        behind = (length - window) // BLOCK
+        assert len(sequence.blocks) == blocks_for(length) - behind
+        # The row of the last token, taken back, would attend the last position of what lies behind.
+        assert length - 1 - window + 1 >= behind * BLOCK
+        assert entries(cache, sequence) == text[behind * BLOCK : length].tolist()
+        cache.check([sequence.blocks])
+    sequence.close()
+    filler = KVSequence(cache)
+    # The longest unused go first: what the window left behind when the text was shorter.
+    assert filler.reserve(4 * BLOCK)
+    again = KVSequence(cache)
+    again.adopt(text)
+    assert again.length == 192, "the last window is all that the rows behind it need"
+    assert entries(cache, again) == text[128:192].tolist()
+    cache.check([filler.blocks, again.blocks])
+    again.close()
+    filler.close()
+    cache.check_idle()
+
+
+def test_half_a_window_is_nothing_to_begin_with() -> None:
+    text = np.arange(1, 129)
+    cache = make_cache(4, window=64)
+    sequence = KVSequence(cache)
+    write(cache, sequence, text)
+    sequence.close()
+    filler = KVSequence(cache)
+    assert filler.reserve(3 * BLOCK)
+    again = KVSequence(cache)
+    again.adopt(text)
+    assert (again.length, again.blocks) == (0, [])
+
+
+def test_a_fork_needs_what_its_rows_attend() -> None:
+    cache = make_cache(12, window=40)
+    text = np.arange(1, 161)
+    parent = KVSequence(cache)
+    write(cache, parent, text)
+    assert not parent.can_fork(100)
+    child = parent.fork(150)
+    assert child is not None
+    assert entries(cache, child) == text[96:150].tolist()
+    cache.check([parent.blocks, child.blocks])
+    parent.close()
+    mine = np.append(text[:150], [500] * 40)
+    write(cache, child, mine)
+    assert entries(cache, child) == mine[128:].tolist()
+    child.close()
+    cache.check_idle()
+
+
 @pytest.mark.parametrize(("slots", "blocks"), [(0, 0), (1, 1), (BLOCK, 1), (BLOCK + 1, 2)])
 def test_blocks_for(slots: int, blocks: int) -> None:
     assert blocks_for(slots) == blocks
@@ -169,9 +226,11 @@ def test_blocks_for(slots: int, blocks: int) -> None:
 class Sequences(RuleBasedStateMachine):
     """Sequences over a small pool, against their texts as lists."""
 
+    window: int | None = None
+
     def __init__(self) -> None:
         super().__init__()
-        self.cache = make_cache(9)
+        self.cache = make_cache(9, window=self.window)
         self.live: list[tuple[KVSequence, list[int]]] = []
 
     @rule(seed=st.integers(0, 2), length=st.integers(1, 100))
@@ -199,7 +258,7 @@ class Sequences(RuleBasedStateMachine):
     def fork(self, which: int, length: int) -> None:
         sequence, text = self.live[which % len(self.live)]
         length = min(length, len(text))
-        child = sequence.fork(length)
+        child = sequence.fork(length) if sequence.can_fork(length) else None
         if child is not None:
             self.live.append((child, text[:length]))
 
@@ -212,9 +271,18 @@ class Sequences(RuleBasedStateMachine):
     @invariant()
     def everyone_holds_his_own_text(self) -> None:
         for sequence, text in self.live:
-            assert entries(self.cache, sequence) == text
+            behind = self.cache.blocks_behind(len(text))
+            assert entries(self.cache, sequence) == text[behind * BLOCK :]
+            assert len(sequence.blocks) <= blocks_for(sequence.room) - behind
         self.cache.check([sequence.blocks for sequence, _ in self.live])
 
 
-TestSequences = Sequences.TestCase
-TestSequences.settings = settings(derandomize=True, deadline=None, max_examples=60, stateful_step_count=30)
+class SlidingSequences(Sequences):
+    """The same where rows attend the last 40 positions only."""
+
+    window = 40
+
+
+TestSequences, TestSlidingSequences = Sequences.TestCase, SlidingSequences.TestCase
+for case in (TestSequences, TestSlidingSequences):
+    case.settings = settings(derandomize=True, deadline=None, max_examples=60, stateful_step_count=30)

@@ -58,6 +58,7 @@ def test_prompts_may_be_numbers_of_any_kind(llm: LLM) -> None:
     [
         ({"numerics": "exact"}, "'exact'"),
         ({"dtype": "int3"}, "'int3'"),
+        ({"quantization": "int8"}, "the target's numbers must be its own"),
         ({"max_model_len": 1}, "not 1"),
         ({"max_model_len": "64"}, "'64'"),
         ({"max_model_len": 100_000}, "100000"),

@@ -20,7 +20,7 @@ PATHS = NATIVE.paths() if NATIVE else []
 DTYPES = [torch.bfloat16, torch.float32]
 SIZES = (1, 7, 8, 20, 64, 100)
 BLOCK = 4
-NUM_BLOCKS = 40
+NUM_BLOCKS = 200
 
 pytestmark = [
     pytest.mark.skipif(NATIVE is None, reason="the native module is not built or is switched off"),
@@ -90,23 +90,27 @@ def test_exponentials_are_right_over_their_whole_range() -> None:
 
 
 class Attended:
-    """Rows of three texts with trees below them, and what attends them."""
+    """Rows of four texts with trees below them, and what attends them."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, *, qk_norm: bool) -> None:
         rng = np.random.default_rng(0)
         self.shape, (H, G, D) = shape, shape
         blocks = rng.permutation(np.arange(1, NUM_BLOCKS))
-        lengths, windows = (1, 9, 30), (0, 3, 0)
-        tables = [blocks[i * 10 : i * 10 + 8] for i in range(3)]
-        free = (blocks[30:, None] * BLOCK + np.arange(BLOCK)).ravel()
+        lengths, windows, depths = (
+            (1, 9, 30, 150),
+            (0, 3, 0, 0),
+            ([1, 2], [1, 2], [1, 2], [*range(1, 19), 70]),
+        )
+        tables = [blocks[i * 40 : i * 40 + 38] for i in range(4)]
+        free = (blocks[160:, None] * BLOCK + np.arange(BLOCK)).ravel()
         first_seen, seen, starts, paths, slots = [], [], [], [], []
         for text, length in enumerate(lengths):
             last = tables[text][(length - 1) // BLOCK] * BLOCK + (length - 1) % BLOCK
-            root, first, second = int(last), *free[3 * text : 3 * text + 2].tolist()
-            # The root, a child of it, and a child of that.
-            for own, path in ((root, []), (first, [first]), (second, [first, second])):
-                slots.append(own)
-                paths.append(path)
+            chain, free = free[: depths[text][-1]], free[depths[text][-1] :]
+            # The root and some of a chain of nodes below it.
+            for depth in (0, *depths[text]):
+                slots.append(int(chain[depth - 1] if depth else last))
+                paths.append(chain[:depth])
                 first_seen.append(windows[text])
                 seen.append(length)
                 starts.append(sum(map(len, tables[:text])))
@@ -115,7 +119,7 @@ class Attended:
             table_starts=np.array(starts),
             first=np.array(first_seen),
             seen=np.array(seen),
-            nodes=np.array([node for path in paths for node in path]),
+            nodes=np.concatenate(paths),
             node_starts=np.cumsum([0, *map(len, paths)]),
         )
         self.slots = torch.tensor(slots)
@@ -206,12 +210,12 @@ def test_a_rows_bits_do_not_depend_on_its_company(shape: tuple[int, int, int], t
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_a_number_shows(value: float) -> None:
     attended = Attended((6, 2, 20), torch.float32, qk_norm=False)
-    # Of the last text, whose rows are the last three; the first component of a query is not 0.
-    slot = int(attended.keys.tables[-8]) * BLOCK
+    # Of the last text; the first component of a query is not 0.
+    slot = int(attended.keys.tables[-38]) * BLOCK
     attended.pool[slot, 0, :, 0] = value
     got, _ = attended.run()
-    assert got[:6].isfinite().all()
-    assert got[6:].isnan().any(1).all() if value != value else not got[6:].isfinite().all()
+    assert got[:9].isfinite().all()
+    assert got[9:].isnan().any(1).all() if value != value else not got[9:].isfinite().all()
 
 
 def test_many_rows_are_split_over_threads_and_stay_the_same(caplog: pytest.LogCaptureFixture) -> None:

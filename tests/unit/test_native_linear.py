@@ -190,7 +190,7 @@ for dtype in (torch.bfloat16, torch.float32, torch.float64):
     torch.testing.assert_close(
         Linear(weight.to(dtype))(x.to(dtype)), linear_reference(x.to(dtype), weight.to(dtype))
     )
-print(os.environ.get("ONEDNN_MAX_CPU_ISA"), Linear(weight)._native is None)
+print(os.environ.get("ONEDNN_MAX_CPU_ISA"), Linear(weight).native is None)
 """
 
 

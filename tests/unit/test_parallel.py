@@ -1,50 +1,31 @@
 """Who holds what of a network, and what ranks tell each other; here the ranks are threads."""
 
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from instruments.rank_threads import decoder_of, everywhere, groups, require_ordered_sums, some_row
 from safetensors import safe_open
 
-from outrider.actors.target_steps import Forward, MakeCache, Move, Step, Stop, decode, encode
+from outrider.actors.target_steps import Forward, MakeCache, Measure, Move, Step, Stop, decode, encode
 from outrider.actors.target_worker import TargetLeader, follow
+from outrider.kernels.paged_attention import TreeKeys
 from outrider.kernels.path_attention import PathKeys
 from outrider.kernels.tree_attention import AttentionGroup
-from outrider.models.batch import Batch, Rows, make_batch
+from outrider.models.batch import Batch
 from outrider.models.config import ModelConfig, load_config
-from outrider.models.decoder import Decoder
-from outrider.models.numerics import Numerics, RowClasses, agreed
+from outrider.models.numerics import RowClasses, agreed
 from outrider.models.parallel import ALONE, LOOPBACK, RankGroup, TensorParallel, find_store, open_store
 from outrider.models.sharding import Shard, check_divisible
 from outrider.models.weights import Checkpoint
 from outrider.speculation.errors import InvalidConfigError, ModelError, TargetGroupError
-
-Result = TypeVar("Result")
-
-
-@contextmanager
-def groups(size: int, **settings: Any) -> Iterator[list[RankGroup]]:
-    """All ranks of a group in this process."""
-    store = open_store()
-    stores = [store, *(find_store(LOOPBACK, store.port) for _ in range(1, size))]
-    with ThreadPoolExecutor(size) as pool:
-        joining = [pool.submit(RankGroup, each, rank, size, **settings) for rank, each in enumerate(stores)]
-        yield [each.result() for each in joining]
-
-
-def everywhere(ranks: list[RankGroup], do: Callable[[RankGroup], Result]) -> list[Result]:
-    """What each rank got from doing this together."""
-    with ThreadPoolExecutor(len(ranks)) as pool:
-        return list(pool.map(do, ranks))
 
 
 class Place(TensorParallel):
@@ -52,18 +33,6 @@ class Place(TensorParallel):
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
-
-
-def decoder_of(folder: Path, ranks: TensorParallel) -> Decoder:
-    """This rank's part of a model."""
-    return Decoder(
-        load_config(folder),
-        Checkpoint(folder),
-        dtype=torch.float32,
-        numerics=Numerics.CANONICAL,
-        max_model_len=64,
-        ranks=ranks,
-    )
 
 
 def test_a_rank_alone_keeps_what_it_has() -> None:
@@ -74,17 +43,8 @@ def test_a_rank_alone_keeps_what_it_has() -> None:
 
 
 def test_sums_are_added_in_the_order_of_the_ranks() -> None:
-    # In float32 the first cancel differently in another order; in bfloat16 the last would be lost.
-    parts = torch.tensor([[1e8, 1.0, 1.0], [-1e8, 1e-8, 2**-8], [1.0, -1.0, 2**-8]])
     with groups(3) as ranks:
-        sums = everywhere(ranks, lambda rank: rank.sum(parts[rank.rank].clone()[None]))
-        narrow = everywhere(ranks, lambda rank: rank.sum(parts[rank.rank].bfloat16()[None]))
-    expected = (parts[0] + parts[1]) + parts[2]
-    assert not torch.equal(expected, (parts[2] + parts[1]) + parts[0])
-    rounded = parts.bfloat16().float()
-    for wide, short in zip(sums, narrow, strict=True):
-        assert torch.equal(wide[0], expected)
-        assert torch.equal(short[0], ((rounded[0] + rounded[1]) + rounded[2]).bfloat16())
+        require_ordered_sums(ranks)
 
 
 def test_columns_come_together_at_rank_0() -> None:
@@ -287,6 +247,14 @@ def attention_groups() -> list[AttentionGroup]:
     ]
 
 
+def trees() -> TreeKeys:
+    numbers = [torch.arange(count) for count in (2, 3, 1, 2, 2, 40, 2)]
+    names = ("row_starts", "tables", "table_starts", "first", "seen", "node_slots", "node_starts")
+    # The highest bit of a word makes it negative.
+    words = torch.tensor([[1, 0], [-(2**31), 255]], dtype=torch.int32)
+    return TreeKeys(**dict(zip(names, numbers, strict=True)), ancestors=words, longest=77)
+
+
 def batch(attended: Any, logit_rows: Any) -> Batch:
     return Batch(
         tokens=torch.tensor([7, 2**40]),
@@ -297,17 +265,30 @@ def batch(attended: Any, logit_rows: Any) -> Batch:
     )
 
 
-@pytest.mark.parametrize("attended", [paths(), attention_groups()], ids=["paths", "groups"])
+@pytest.mark.parametrize("attended", [paths(), attention_groups(), trees()], ids=["paths", "groups", "trees"])
 @pytest.mark.parametrize("wanted", [slice(0, 0), slice(1, 2), torch.tensor([0, 2])], ids=repr)
 def test_steps_arrive_as_they_were(attended: Any, wanted: Any) -> None:
     steps: list[Step] = [
         Move(torch.tensor([4, 3]), torch.tensor([8, 1])),
+        Measure(512),
         MakeCache(17),
         Forward(batch(attended, wanted)),
         Stop(),
     ]
     found = list(decode(encode(steps), torch.float32))
     assert repr(found) == repr(steps)
+
+
+def test_a_message_holds_nothing_but_numbers() -> None:
+    """And what decoded steps hold is of the types that a device's batch is packed from."""
+    message = encode([Forward(batch(trees(), slice(0, 1)))])
+    assert message.dtype == np.int64
+    (step,) = decode(message, torch.float32)
+    assert isinstance(step, Forward)
+    found = step.batch.attended
+    assert isinstance(found, TreeKeys)
+    assert (found.ancestors.dtype, found.tables.dtype) == (torch.int32, torch.int64)
+    assert found.ancestors.tolist() == [[1, 0], [-(2**31), 255]]
 
 
 def test_followers_do_what_the_leader_does(make_model_folder: Any) -> None:
@@ -360,14 +341,3 @@ def test_a_step_that_is_given_up_ends_the_group(
             leader.make_cache(1)
         with pytest.raises(TargetGroupError, match="rank 0 of the tensor-parallel group of 2"):
             done.result()
-
-
-def some_row(classes: RowClasses, slot: int) -> Batch:
-    """Token 5 at position 0, its KV in this slot."""
-    none = np.zeros(0, np.int64)
-    rows = Rows(
-        tokens=np.array([5]), positions=np.array([0]), slots=np.array([slot]), committed=1,
-        paths=np.zeros((1, 0), np.bool_), node_positions=none, node_slots=none,
-        table=np.array([slot // 32]), first_logit_row=0,
-    )  # fmt: skip
-    return make_batch([rows], classes, torch.float32)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outrider.cluster.resumption import Progress
+from outrider.cluster.resumption import MOST_FAILOVERS, Progress
 from outrider.speculation.errors import ModelError
-from outrider.speculation.request import Completion, Request, StepEvent, StepOutput
+from outrider.speculation.request import Completion, Request, StepEvent, StepOutput, TokenLogprobs
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.statistics import SpeculationStatistics
 from outrider.speculation.types import FinishReason
@@ -31,6 +31,10 @@ def completion(tokens: Sequence[int], text: str) -> Completion:
     )
 
 
+def entries(tokens: Sequence[int]) -> list[TokenLogprobs]:
+    return [TokenLogprobs(token, -0.5, 1, [], []) for token in tokens]
+
+
 def events(tokens: Sequence[int], text: str, cuts: Sequence[tuple[int, int, int]]) -> list[StepEvent]:
     """One target's steps: each cut says how far tokens and text have come, and how many were drafted."""
     steps = []
@@ -43,6 +47,8 @@ def events(tokens: Sequence[int], text: str, cuts: Sequence[tuple[int, int, int]
             num_accepted=min(accepted, end_tokens - begin_tokens),
             text=text[begin_text:end_text],
             finish_reason=FinishReason.LENGTH if last else None,
+            logprobs=entries(tokens[begin_tokens:end_tokens]),
+            prompt_logprobs=[None] if begin_tokens == 0 else None,
         )
         done = completion(tokens, text) if last else None
         steps.append(StepEvent(index=0, output=output, completion=done))
@@ -88,6 +94,8 @@ def test_every_token_and_every_character_is_seen_exactly_once(case: Case) -> Non
             for item in one.take(event):
                 (completions if isinstance(item, Completion) else outputs).append(item)  # type: ignore[arg-type]
     assert [token for each in outputs for token in each.token_ids] == case.tokens
+    assert [entry for each in outputs for entry in each.logprobs or ()] == entries(case.tokens)
+    assert [each.prompt_logprobs for each in outputs] == [[None]] + [None] * (len(outputs) - 1)
     assert "".join(each.text for each in outputs) == case.text
     assert one.finished
     assert completions == [completion(case.tokens, case.text)]
@@ -133,7 +141,7 @@ def test_drafted_tokens_that_were_seen_are_not_counted_again() -> None:
     list(one.take(events([1, 2, 3, 4], "abcd", [(2, 1, 1)])[0]))
     one.restart()
     (fresh,) = one.take(events([1, 2, 3, 4], "abcd", [(4, 3, 3)])[0])
-    assert fresh == StepOutput(token_ids=[3, 4], num_accepted=1, text="bc")
+    assert fresh == StepOutput(token_ids=[3, 4], num_accepted=1, text="bc", logprobs=entries([3, 4]))
 
 
 def test_an_error_is_raised_and_ends_the_request() -> None:
@@ -142,3 +150,11 @@ def test_an_error_is_raised_and_ends_the_request() -> None:
     with pytest.raises(ModelError, match="NaN"):
         list(one.take(StepEvent(index=0, output=None, error=ModelError("NaN"))))
     assert one.finished
+
+
+def test_what_ends_target_after_target_is_given_up() -> None:
+    lost = progress()
+    assert [lost.lose() for _ in range(MOST_FAILOVERS)] == [None] * MOST_FAILOVERS
+    assert not lost.finished
+    assert "4 targets died" in str(lost.lose())
+    assert lost.finished

@@ -32,6 +32,8 @@ def reference(
     for t in ids:
         if params.allowed_token_ids is not None and t not in params.allowed_token_ids:
             x[t] = -INF
+        if any([*output, t][-len(word) :] == list(word) for word in params.bad_words_token_ids):
+            x[t] = -INF
         if len(output) < params.min_tokens and t in STOPS:
             x[t] = -INF
         x[t] += (params.logit_bias or {}).get(t, 0.0)
@@ -101,7 +103,14 @@ def sampling_params(draw: st.DrawFn, vocab_size: int) -> SamplingParams:
         logit_bias=draw(st.none() | st.dictionaries(ids, st.sampled_from([-100, -1.5, 2, 100]), min_size=1)),
         # Two ids that do not stop, so that something is always left.
         allowed_token_ids=draw(st.none() | st.lists(ids, max_size=12).map(lambda some: [1, 2, *some])),
+        bad_words_token_ids=draw(st.just([]) | st.lists(words(vocab_size), max_size=5)),
     )
+
+
+def words(vocab_size: int) -> st.SearchStrategy[list[int]]:
+    """Few different tokens, so that words are met; their last is never the two that are always allowed."""
+    begins = st.lists(st.integers(0, min(vocab_size, 6) - 1), max_size=4)
+    return st.tuples(begins, st.sampled_from([0, 3, 4, 5])).map(lambda word: [*word[0], word[1]])
 
 
 @st.composite

@@ -31,6 +31,10 @@ VLLM_DEFAULTS = {
     "skip_special_tokens": True,
     "logit_bias": None,
     "allowed_token_ids": None,
+    "bad_words": (),
+    "bad_words_token_ids": (),
+    "logprobs": None,
+    "prompt_logprobs": None,
 }
 
 ACCEPTED: list[tuple[str, Any]] = [
@@ -56,6 +60,7 @@ ACCEPTED: list[tuple[str, Any]] = [
     ("allowed_token_ids", (0,)),
     ("stop", ("a", "bc")),
     ("stop_token_ids", (0, 5)),
+    *((name, count) for name in ("logprobs", "prompt_logprobs") for count in (0, 20)),
 ]
 
 NOT_NUMBERS: list[Any] = [math.nan, math.inf, -math.inf, True, "1", None, [1], 10**400, 1j]
@@ -67,7 +72,8 @@ REFUSED: list[tuple[str, Any]] = [
         for name in ("n", "top_k", "max_tokens", "min_tokens")
         for value in [*NOT_INTEGERS, None]
     ),
-    *(("seed", value) for value in NOT_INTEGERS),
+    *((name, value) for name in ("seed", "logprobs", "prompt_logprobs") for value in NOT_INTEGERS),
+    *((name, count) for name in ("logprobs", "prompt_logprobs") for count in (-1, 21)),
     *(
         (name, value)
         for name in (
@@ -120,6 +126,11 @@ REFUSED: list[tuple[str, Any]] = [
     ("allowed_token_ids", []),
     ("allowed_token_ids", [-3]),
     ("allowed_token_ids", "abc"),
+    ("bad_words", ["a", ""]),
+    ("bad_words", 5),
+    ("bad_words_token_ids", "abc"),
+    ("bad_words_token_ids", 7),
+    ("bad_words_token_ids", [[1], ()]),
 ]
 
 
@@ -147,7 +158,7 @@ def culprit(name: str, value: Any) -> Any:
     if isinstance(value, dict):
         ((key, bias),) = value.items()
         return bias if isinstance(key, int) and key >= 0 else key
-    of_items = name in ("stop", "stop_token_ids", "allowed_token_ids")
+    of_items = name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "bad_words_token_ids")
     return value[-1] if of_items and isinstance(value, list) and value else value
 
 
@@ -194,13 +205,26 @@ def test_tiny_temperatures_are_greedy(temperature: float, greedy: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("stop_token_ids", [1, 10]), ("logit_bias", {10: 1}), ("allowed_token_ids", [10])]
+    ("name", "value"),
+    [
+        ("stop_token_ids", [1, 10]),
+        ("logit_bias", {10: 1}),
+        ("allowed_token_ids", [10]),
+        ("bad_words_token_ids", [[1], [2, 10]]),
+    ],
 )
 def test_ids_are_checked_against_the_vocabulary(name: str, value: object) -> None:
     params = SamplingParams(**{name: value})  # type: ignore[arg-type]
     params.check_vocabulary(11)
     with pytest.raises(InvalidRequestError, match=f"^{name} must be .* size 10, not 10$"):
         params.check_vocabulary(10)
+
+
+@pytest.mark.parametrize(("words", "message"), [([[1]] * 1025, "at most 1024"), ([[1] * 257], "at most 256")])
+def test_bad_words_have_limits(words: list[list[int]], message: str) -> None:
+    SamplingParams(bad_words_token_ids=[[1] * 256] * 1024)
+    with pytest.raises(InvalidRequestError, match=message):
+        SamplingParams(bad_words_token_ids=words)
 
 
 def test_none_stands_for_no_stops_as_in_vllm() -> None:

@@ -35,11 +35,16 @@ class Job:
     refusal: OutriderError | None = None
     num_cached: int = 0
     held: int = 0
+    computes_all: bool = False
     began_with: list[int] = field(default_factory=list)
 
     @property
     def rank(self) -> tuple[int, int]:
         return self.priority, self.name
+
+    @property
+    def num_reusable(self) -> int:
+        return 0 if self.computes_all else len(self.text) - 1
 
     def enter(self, like: tuple[Any, int] | None) -> bool:
         if self.refusal is not None:
@@ -169,6 +174,20 @@ def test_one_prompt_is_computed_once() -> None:
     step(scheduler, 64)
     assert names(scheduler.running) == [0, 1, 2, 3, 9]
     assert [each.began_with for each in jobs] == [[0], [299], [299], [299], [0]]
+
+
+def test_who_computes_its_whole_text_waits_for_nobody() -> None:
+    memory = Memory(1000)
+    jobs = [job(name, 200, memory, first=7) for name in range(2)]
+    jobs[1].computes_all = True
+    scheduler = scheduler_of(jobs, 8)
+    step(scheduler, 64)
+    assert names(scheduler.running) == [0, 1]
+    late = job(2, 200, memory, first=7)
+    late.computes_all = True
+    scheduler.add(late)
+    step(scheduler, 64)
+    assert [each.began_with for each in (*jobs, late)] == [[0], [0], [0]]
 
 
 def test_little_in_common_is_not_waited_for_but_used() -> None:

@@ -78,6 +78,14 @@ def test_one_observation_scales_the_assumed_shape() -> None:
     assert stepped.curve(4) == pytest.approx([3.0, 3.0, 6.0, 6.0])
 
 
+def test_rounding_does_not_make_the_curve_decrease() -> None:
+    """A flat prior scaled by seconds / prior rounds below the observation it is scaled to."""
+    for seconds in np.random.default_rng(0).uniform(0.003, 0.012, 200):
+        model = StepCostModel([0.0041] * 8)
+        model.observe(3, seconds)
+        assert (np.diff(model.curve(8)) >= 0).all()
+
+
 def test_the_curve_converges_to_a_noisy_line_in_spite_of_stalls() -> None:
     rng = np.random.default_rng(1)
     model = StepCostModel()

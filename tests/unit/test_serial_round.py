@@ -152,3 +152,23 @@ def test_without_adaptation_every_tree_grows_to_its_depth() -> None:
     assert this_round.growers() == [0, 2]
     this_round.observe_growth([0, 2], [1, 1], 9.0)
     assert this_round.growers() == []
+
+
+def test_a_complete_tree_is_verified_also_where_drafting_has_not_paid() -> None:
+    complete = tree_of([0.9, 0.8])
+    complete.mark_expanded([0, 1])
+    costs = CostEstimates(StepCostModel(FLAT))
+    trees = [tree_of([0.9]), complete, None]
+    this_round = SerialRound(TreeShape(), costs, trees, 3, given=[1])
+    assert not this_round.drafts
+    assert this_round.growers() == []
+    assert this_round.budgets() == [0, 2, 0]
+    assert round_of(costs, trees).budgets() == [0, 0, 0]
+
+
+def test_complete_trees_and_others_share_the_rows() -> None:
+    complete = tree_of([0.9, 0.8])
+    complete.mark_expanded([0, 1])
+    this_round = SerialRound(TreeShape(), costs_of(FLAT), [tree_of([0.9]), complete], 2, given=[1])
+    assert 1 not in this_round.growers()
+    assert this_round.budgets() == [1, 2]

@@ -30,7 +30,8 @@ def test_the_table_as_text_and_as_json(outrider_: Run) -> None:
     assert (code, err) == (0, "")
     lines = text.splitlines()
     assert lines[0] == "Speed-up over plain decoding"
-    assert lines[2].split()[-5:] == ["c", "R", "parallel", "serial", "PEARL"]
+    policies = ["never", "wait", "linger", "parallel", "serial", "pearl"]
+    assert lines[2].split()[-9:] == ["c", "R", *policies, "formula"]
     assert [line.split()[:4] for line in lines[3:5]] == [[".65", ".14", "4", "0"], [".65", ".14", "8", "4"]]
     assert len({line.index("+-") for line in lines[3:5]}) == 1
     code, out, err = outrider_("simulate", *SHORT, "--json")
@@ -39,8 +40,8 @@ def test_the_table_as_text_and_as_json(outrider_: Run) -> None:
     first, second = result["cells"]
     assert (result["tokens"], result["seed"], result["runs"]) == (60, 0, simulated_table.SEEDS)
     assert f"{first['parallel']['speed_up']:.2f} +-{first['parallel']['standard_error']:.2f}" in lines[3]
-    assert first["pearl"] == pytest.approx(1.595, abs=0.001)
-    assert second["pearl"] is None
+    assert first["pearl_formula"] == pytest.approx(1.595, abs=0.001)
+    assert second["pearl_formula"] is None
 
 
 @pytest.mark.usefixtures("small_table")
@@ -59,9 +60,9 @@ def test_a_terminal_gets_a_drawn_table_and_a_bar(outrider_: Run, monkeypatch: py
 def test_a_pair_of_one_s_own(outrider_: Run) -> None:
     code, text, err = outrider_("simulate", *PAIR, *SHORT)
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in text.splitlines()[3:]] == ["plain", "parallel", "serial"]
+    assert [line.split()[0] for line in text.splitlines()[3:]] == ["plain", "parallel", "serial", "pearl"]
     _, out, _ = outrider_("simulate", *PAIR, *SHORT, "--json")
-    plain, parallel, serial = json.loads(out)["predictions"]
+    plain, parallel, serial, _ = json.loads(out)["predictions"]
     assert plain["tokens_per_second"] == pytest.approx(1000 / 14)
     assert plain["speed_up"] == pytest.approx(1)
     assert plain["target_bubbles"] == pytest.approx(0)
@@ -121,7 +122,7 @@ TIMED = ["--acceptance", "0.9", "--target-ms", "14", "--draft-ms", "1"]
         (["--target-curve", "2,1"], "--target-curve must be positive times that do not decrease, not '2,1'"),
         (["--acceptance", "0.9", "--target-curve", "1", "--slope", "0.1"], "--slope 0.1 needs --target-ms"),
         (["--round-trip-ms", "-1"], "--round-trip-ms must be at least 0, not '-1'"),
-        ([*TIMED, "--pipeline", "odd"], "--pipeline must be one of parallel, serial, not 'odd'"),
+        ([*TIMED, "--pipeline", "odd"], "--pipeline must be one of parallel, serial, pearl, not 'odd'"),
         ([*TIMED, "--width", "0"], "--width must be a positive integer, not 0"),
         ([*TIMED, "--contrast", "2"], "--contrast must be from 0 to 1 and leave"),
         ([*TIMED, "--correlation", "1"], "--correlation must be from 0 to below 1, not 1.0"),

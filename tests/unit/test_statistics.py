@@ -11,7 +11,7 @@ def recorded(*outcomes: tuple[int, int, str]) -> SpeculationStatistics:
     statistics = SpeculationStatistics()
     for drafted, accepted, drafter in outcomes:
         statistics.record_verification(
-            num_draft_tokens=drafted, num_accepted_tokens=accepted, drafter=drafter
+            num_draft_tokens=drafted, num_accepted_tokens=accepted, proposers={drafter: accepted}
         )
     return statistics
 
@@ -83,7 +83,7 @@ def test_merging_adds_every_field() -> None:
         for index, each in enumerate(dataclasses.fields(SpeculationStatistics))
         if each.type in (int, float)
     }
-    assert len(numbers) == 26
+    assert len(numbers) == 30
     total = SpeculationStatistics(**numbers)
     total.merge(SpeculationStatistics(**numbers))
     assert total == SpeculationStatistics(**{name: 2 * value for name, value in numbers.items()})

@@ -55,7 +55,13 @@ def test_what_is_no_profile_is_refused(text: str, runner: ModelRunner, tmp_path:
 
 
 def blocks(runner: ModelRunner, **settings: Any) -> int:
-    given = {"kv_cache_memory": None, "gpu_memory_utilization": None, "max_num_seqs": 4, "max_nodes": 16}
+    given = {
+        "kv_cache_memory": None,
+        "gpu_memory_utilization": None,
+        "max_num_seqs": 4,
+        "max_nodes": 16,
+        "max_rows": 64,
+    }
     decoder: Any = runner.decoder
     return kv_blocks(decoder, **{**given, **settings})
 

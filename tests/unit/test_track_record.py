@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from outrider.speculation.pipelines.track_record import FIRST_PLAIN, REFRESH, TRIAL, TrackRecord
+from outrider.speculation.pipelines.track_record import (
+    ELSEWHERE_FIRST,
+    FIRST_PLAIN,
+    REFRESH,
+    TRIAL,
+    TrackRecord,
+)
 
 PLAIN_SECONDS = 0.05
 
@@ -50,6 +56,19 @@ def test_drafting_that_becomes_faster_is_found_out() -> None:
     record = TrackRecord()
     serve(record, 4, 500, speedup=0.5)
     assert serve(record, 4, 2000, speedup=2.0)[-100:].count(True) >= 99
+
+
+def test_a_drafter_elsewhere_is_compared_later_and_stopped_only_if_slower() -> None:
+    record = TrackRecord(elsewhere=True)
+    drafted = serve(record, 4, 1000, speedup=1.1)
+    assert drafted.index(False) == ELSEWHERE_FIRST
+    assert drafted.count(False) <= 4
+    assert not record.has_stopped(4)
+    record = TrackRecord(elsewhere=True)
+    drafted = serve(record, 4, 4000, speedup=0.8, noise=0.05)
+    assert record.has_stopped(4)
+    assert 0 < drafted[ELSEWHERE_FIRST:].count(True) < 60
+    assert 0 < drafted[3000:].count(True) <= TRIAL
 
 
 def test_batch_sizes_are_judged_apart() -> None:

@@ -76,7 +76,7 @@ def test_a_worker_that_vanished_is_noticed_within_seconds(io: IoThread) -> None:
         relay.go_dead()
         began = time.monotonic()
         assert next_event(client, channel, Disconnected).reason.startswith("UNAVAILABLE: ")
-        assert time.monotonic() - began < 4  # two, and some for a busy machine
+        assert time.monotonic() - began < 6  # three, and some for a busy machine
         recorder.next("left")  # the worker notices as well
         channel.close()
         io.run(wire.__aexit__(None, None, None), SECONDS)

@@ -22,6 +22,7 @@ from instruments.paged_batches import BLOCK, PagedBatch, Text, chain, paged_batc
 from outrider.kernels import gumbel as gumbel_reference
 from outrider.kernels import pointwise as pointwise_reference
 from outrider.kernels.gpu import gumbel, pointwise
+from outrider.kernels.gpu import tree_attention as tree_module
 from outrider.kernels.gpu.kv_move import kv_move
 from outrider.kernels.gpu.path_attention import path_attention
 from outrider.kernels.gpu.rotary import rotate_and_write
@@ -116,6 +117,15 @@ def test_windows_and_splits(window: int | None) -> None:
     exact = by_definition(batch)
     assert_attended(tree_attention(batch.q, batch.pool, batch.tree, BLOCK), exact, torch.float32)
     assert_attended(path_attention(batch.q, batch.pool, batch.paths, BLOCK), exact, torch.float32)
+
+
+@pytest.mark.parametrize("most", [4, 12])
+def test_many_rows_are_split_less(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_module, "_ROW_SPLITS", most)
+    batch = paged_batch(LONG, (3, 1, 64), torch.float32, window=SPLIT + 20)
+    got = tree_attention(batch.q, batch.pool, batch.tree, BLOCK)
+    assert tree_module._split_of(len(batch.q), batch.tree.longest) == {4: 2048, 12: 512}[most]
+    assert_attended(got, by_definition(batch), torch.float32)
 
 
 @pytest.mark.parametrize("parents", [chain(256), [-1] * 256, [(node - 1) // 2 for node in range(256)]])

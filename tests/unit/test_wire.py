@@ -62,6 +62,7 @@ PARAMS = SamplingParams(
     ignore_eos=True,
     logit_bias={3: -100.0, 9: 0.1},
     allowed_token_ids=(1, 2**31 - 1),
+    bad_words_token_ids=((7,), (8, 2**31 - 1)),
 )
 OPEN = Open(
     session=2**63 - 1,
@@ -196,6 +197,10 @@ def setting(**values: Any) -> Change:
     return change
 
 
+def more_words(*words: bytes) -> Change:
+    return lambda message: message.params.bad_words.extend(words)
+
+
 def clearing(name: str) -> Change:
     return lambda message: message.ClearField(name)
 
@@ -255,13 +260,17 @@ REFUSED_FROM_TARGET: list[tuple[TargetMessage, Change, str]] = [
     (OPEN, setting(params__temperature=NAN), "temperature must be a finite number, not nan"),
     (OPEN, setting(params__top_p=0.0), "top_p must be"),
     (OPEN, setting(params__top_k=-2), "top_k must be at least -1"),
-    (OPEN, setting(params__repetition_penalty=0.0), "repetition_penalty must be greater than 0"),
+    (OPEN, setting(params__repetition_penalty=0.0), "repetition_penalty must be within"),
     (OPEN, setting(params__presence_penalty=3.0), "presence_penalty must be"),
     (OPEN, setting(params__frequency_penalty=INF), "frequency_penalty must be"),
     (OPEN, setting(params__min_tokens=101), "min_tokens must be"),
     (OPEN, setting(params__stop_token_ids=b"12"), "stop_token_ids must be whole items"),
     (OPEN, setting(params__allowed_token_ids=b""), "allowed_token_ids must be None or not empty"),
     (OPEN, setting(params__allowed_token_ids=b"1"), "allowed_token_ids must be whole items"),
+    (OPEN, more_words(b"1"), "bad_words must be whole items"),
+    (OPEN, more_words(b""), "bad_words_token_ids must be sequences of at least one"),
+    (OPEN, more_words(*[b"1234"] * 1024), "bad_words must be at most 1024"),
+    (OPEN, more_words(bytes(4 * 257)), "bad_words must be at most 256 items, not 257"),
     (OPEN, bias(3, 101.0), r"logit_bias\[3\] must be within"),
     (COMMIT, setting(sequence=0), "sequence must be at least 1, not 0"),
     (COMMIT, setting(tokens=b"1"), "tokens must be whole items"),

@@ -1,0 +1,214 @@
+"""One step of a decoder against a loop of ``F.linear``, and what else it is worth being compared with.
+
+    python benchmarks/step.py [--parameters 120M] [--rows 1 4 8 16 32] [--context 256] [--turns 15]
+
+The embedded target, inflated, and the embedded draft model, in bfloat16. The loop calls ``F.linear`` for
+every linear layer and does nothing else; a step is all that a decoder does for so many rows below a text,
+from laying out the batch to logits. What is compared takes turns, on one thread; ratios are those of each
+turn. Nothing else should run meanwhile.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import conditions, finish
+
+from outrider.actors.model_runner import ModelRunner
+from outrider.actors.runner import TreeQuery
+from outrider.cluster.bench.machine import measured_limits, seconds_of
+from outrider.models.batch import text_rows, tree_rows
+from outrider.models.block_pool import blocks_for
+from outrider.models.decoder_loader import load_decoder
+from outrider.models.demo import pair
+from outrider.models.inflate import inflated, parse_count
+from outrider.models.kv_cache import KVSequence
+from outrider.models.numerics import MAX_ROWS, Numerics
+from outrider.models.parallel import ALONE
+
+Way = Callable[[], object]
+DRAFT_ROWS = 4
+CANONICAL, FAST = Numerics.CANONICAL, Numerics.FAST
+
+
+class Model:
+    """A network with a text in its cache."""
+
+    def __init__(
+        self, folder: Path, context: int, *, numerics: Numerics = CANONICAL, quantization: str | None = None
+    ) -> None:
+        self.decoder = load_decoder(
+            folder,
+            dtype="bfloat16",
+            numerics=numerics,
+            max_model_len=context + 2 * MAX_ROWS,
+            ranks=ALONE,
+            quantization=quantization,
+        )
+        self.linears = [linear for block in self.decoder.blocks for linear in block.linears]
+        self.linears.append(self.decoder.head)
+        self.bytes = sum(2 * outs * ins for outs, ins in (linear.shape for linear in self.linears))
+        self._runner = ModelRunner(self.decoder, num_blocks=blocks_for(context + 2 * MAX_ROWS))
+        self._text = KVSequence(self._runner.cache)
+        self._text.reserve(context + MAX_ROWS)
+        tokens = np.arange(context) % self.decoder.config.vocab_size
+        for start in range(0, context, MAX_ROWS):
+            piece = tokens[start : start + MAX_ROWS]
+            self._runner.verify([TreeQuery(sequence=self._text, tokens=piece, tree=None)])
+
+    def step(self, rows: int) -> torch.Tensor:
+        """Logits of a token and of a chain of nodes below it; the text stays as it is."""
+        tokens = np.arange(rows)
+        if rows == 1:
+            part = text_rows(self._text, tokens, first_logit_row=0)
+        else:
+            chain = np.tril(np.ones((rows - 1, rows - 1), np.bool_))
+            part = tree_rows(self._text, tokens[:1], tokens[1:], tokens[1:], chain)
+        return self._runner.forward([part])
+
+
+class LinearLoops:
+    """Every linear layer of a model: with ``F.linear``, and as the model has it."""
+
+    def __init__(self, model: Model) -> None:
+        self._ours = model.linears
+        self._weights = [torch.randn(linear.shape).to(torch.bfloat16) for linear in model.linears]
+
+    def ways(self, rows: int) -> tuple[Way, Way]:
+        inputs = {
+            ins: torch.randn(rows, ins).to(torch.bfloat16) for _, ins in (w.shape for w in self._weights)
+        }
+
+        def plain() -> None:
+            for weight in self._weights:
+                F.linear(inputs[weight.shape[1]], weight)
+
+        def ours() -> None:
+            for linear in self._ours:
+                linear(inputs[linear.shape[1]])
+
+        return plain, ours
+
+
+@torch.inference_mode()
+def taking_turns(ways: dict[str, Way], turns: int) -> dict[str, np.ndarray]:
+    """Milliseconds of every way in every turn; the first turn warms up."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(turns + 1):
+        for name, way in ways.items():
+            times[name].append(seconds_of(way) * 1e3)
+    return {name: np.array(each[1:]) for name, each in times.items()}
+
+
+def on_threads(count: int, way: Way) -> None:
+    torch.set_num_threads(count)
+    way()
+    torch.set_num_threads(1)
+
+
+def compared(ways: dict[str, Way], ratios: dict[str, tuple[str, str]], turns: int) -> dict[str, Any]:
+    """Medians of times, and of ratios ``{name: (numerator, denominator)}`` turn by turn."""
+    times = taking_turns(ways, turns)
+    return {
+        "ms": {name: round(float(np.median(each)), 3) for name, each in times.items()},
+        **{name: round(float(np.median(times[a] / times[b])), 3) for name, (a, b) in ratios.items()},
+    }
+
+
+def of_target(folder: Path, args: argparse.Namespace, copy: float) -> dict[str, Any]:
+    model, fast = Model(folder, args.context), Model(folder, args.context, numerics=FAST)
+    loops, by_rows = LinearLoops(model), {}
+    for rows in args.rows:
+        plain, linears = loops.ways(rows)
+        figures = compared(
+            {"F.linear": plain, "linears": linears, "step": partial(model.step, rows)},
+            {
+                "linears over F.linear": ("F.linear", "linears"),
+                "step over F.linear": ("F.linear", "step"),
+                "linears' share of a step": ("linears", "step"),
+            },
+            args.turns,
+        )
+        figures["share of copy speed"] = round(model.bytes / figures["ms"]["linears"] * 1e3 / copy, 3)
+        by_rows[rows] = figures
+        print(f"{rows} rows: {figures}")
+    one = partial(model.step, 1)
+    return {
+        "bytes": model.bytes,
+        "rows": by_rows,
+        "threads": compared(
+            {"one": one, "two": partial(on_threads, 2, one)}, {"two over one": ("one", "two")}, args.turns
+        ),
+        "numerics": compared(
+            {"canonical": partial(model.step, 8), "fast": partial(fast.step, 8)},
+            {"price of canonical": ("canonical", "fast")},
+            3 * args.turns,
+        ),
+    }
+
+
+def of_draft(args: argparse.Namespace, copy: float) -> dict[str, Any]:
+    model = Model(pair.DRAFT, args.context)
+    int8 = Model(pair.DRAFT, args.context, quantization="int8")
+    plain, linears = LinearLoops(model).ways(DRAFT_ROWS)
+    figures = compared(
+        {
+            "F.linear": plain,
+            "linears": linears,
+            "bfloat16": partial(model.step, DRAFT_ROWS),
+            "int8": partial(int8.step, DRAFT_ROWS),
+        },
+        {
+            "step over F.linear": ("F.linear", "bfloat16"),
+            "linears' share of a step": ("linears", "bfloat16"),
+            "int8 over bfloat16": ("bfloat16", "int8"),
+        },
+        20 * args.turns,
+    )
+    allowed = 3e3 * model.bytes / copy + 0.15
+    return {
+        "rows": DRAFT_ROWS,
+        "bytes": model.bytes,
+        "3 times its bytes and 150 us, ms": round(allowed, 3),
+        **figures,
+    }
+
+
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which steps of the inflated target are timed, and how often."""
+    parser.add_argument("--parameters", type=parse_count, default=120 * 10**6)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32])
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--turns", type=int, default=15)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_step_arguments(parser)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    limits = measured_limits()
+    with inflated(pair.TARGET, args.parameters) as folder:
+        target = of_target(folder, args, limits.copy)
+    for name in ("threads", "numerics"):
+        print(f"{name}: {target[name]}")
+    draft = of_draft(args, limits.copy)
+    print(f"draft: {draft}")
+    finish(
+        {
+            "target": target,
+            "draft": draft,
+            **conditions(dtype="bfloat16", context=args.context, copy_bytes_per_second=limits.copy),
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+// One layer's attention of some rows, as the modules hand it to one another.
+
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+namespace outrider {
+
+constexpr size_t MAX_DIM = 1024;  // of a head
+
+// One call. All arrays are dense; sizes stand in kernels/path_attention.py.
+struct Attention {
+    size_t rows, heads, kv_heads, dim, block;
+    const void* projected;  // [rows][heads + 2 * kv_heads][dim]
+    const float* turns;     // [rows][2][dim]: of queries, and of keys
+    const float* norm;      // [heads + kv_heads][dim], or nothing
+    float eps;
+    const int64_t* slots;         // [rows], where keys and values go
+    float* pool;                  // [slots][2][kv_heads][dim]
+    const int64_t* tables;        // of blocks, all sequences' behind one another
+    const int64_t* table_starts;  // [rows]
+    const int64_t* first;         // [rows], the first position of the committed text that a row attends
+    const int64_t* seen;          // [rows], the position behind the last one
+    const int64_t* nodes;         // slots of the paths below
+    const int64_t* node_starts;   // [rows + 1]
+    void* out;                    // [rows][heads][dim]
+
+    size_t length(size_t row) const {
+        return static_cast<size_t>(seen[row] - first[row] + node_starts[row + 1] - node_starts[row]);
+    }
+
+    // Behind the last of the rows from this one on that attend the same text from the same position, at most `stop`.
+    size_t end_of_run(size_t row, size_t stop) const {
+        size_t end = row + 1;
+        while (end < stop && table_starts[end] == table_starts[row] && first[end] == first[row]) end++;
+        return end;
+    }
+
+    // Where the row's keys [from, to) of head g lie; the last one again where there are no more.
+    void find_keys(size_t row, size_t g, size_t from, size_t to, const float** into) const {
+        const size_t entry = 2 * kv_heads * dim, begin = static_cast<size_t>(first[row]);
+        const size_t committed = static_cast<size_t>(seen[row]) - begin, count = length(row);
+        const int64_t* table = tables + table_starts[row];
+        const float* head = pool + g * dim;
+        size_t j = from;
+        for (const size_t stop = std::min(committed, to); j < stop;) {
+            const size_t p = begin + j;
+            const float* key = head + (static_cast<size_t>(table[p / block]) * block + p % block) * entry;
+            for (size_t end = std::min(stop, j + block - p % block); j < end; j++, key += entry) *into++ = key;
+        }
+        const int64_t* path = nodes + node_starts[row];
+        for (; j < std::min(count, to); j++) *into++ = head + static_cast<size_t>(path[j - committed]) * entry;
+        for (; j < to; j++, into++) *into = into[-1];
+    }
+};
+
+// What is the same in all layers, from the numbers that PathAttention keeps in this order.
+inline Attention attention_of(const size_t (&a)[13]) {
+    Attention job{};
+    job.rows = a[0], job.heads = a[1], job.kv_heads = a[2], job.dim = a[3], job.block = a[4];
+    job.turns = reinterpret_cast<const float*>(a[5]), job.slots = reinterpret_cast<const int64_t*>(a[6]);
+    job.tables = reinterpret_cast<const int64_t*>(a[7]), job.table_starts = reinterpret_cast<const int64_t*>(a[8]);
+    job.first = reinterpret_cast<const int64_t*>(a[9]), job.seen = reinterpret_cast<const int64_t*>(a[10]);
+    job.nodes = reinterpret_cast<const int64_t*>(a[11]), job.node_starts = reinterpret_cast<const int64_t*>(a[12]);
+    return job;
+}
+
+}  // namespace outrider
