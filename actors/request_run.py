@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from outrider.actors.drafting import DraftSession
+from outrider.actors.drafting import DraftSession, LocalDraftEngine
 from outrider.actors.remote_session import RemoteSession
 from outrider.actors.runner import TreeQuery
 from outrider.speculation.errors import InvalidRequestError, ModelError, OutOfBlocksError
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from outrider.actors.target_engine import TargetEngine
 
 log = logging.getLogger(__name__)
+
+_NO_NODES: IntArray = np.zeros(0, np.int64)
 
 
 class Pipeline(Protocol):
@@ -67,7 +69,9 @@ class RequestRun:
         self._tokens[: self._length] = request.prompt_ids
         self._sequence: Any = None
         self._draft: DraftSession | None = None
-        self._selected: IntArray = np.zeros(0, np.int64)
+        self._told = self._length
+        """Tokens of the text that its drafting knows of."""
+        self._selected = _NO_NODES
         asked = request.num_speculative_tokens
         self._most_nodes = engine.shape.num_speculative_tokens if asked is None else asked
         self._drafts = (
@@ -75,6 +79,7 @@ class RequestRun:
         )
         self.is_predicted = self._drafts and request.prediction_ids is not None
         """Whether the caller's prediction drafts for it."""
+        self._drafts_here = not self.is_predicted and isinstance(engine.drafting, LocalDraftEngine)
         self._is_off = False
 
     @property
@@ -194,6 +199,17 @@ class RequestRun:
         self.stats.draft_rows += rows
         self.stats.draft_seconds += seconds
 
+    def tell_draft(self) -> None:
+        """Tells its drafting what it does not know of the text yet."""
+        assert self._draft is not None
+        if self._told == self._length:
+            return
+        tokens, self._told = self._tokens[self._told : self._length], self._length
+        had_tree = len(self._draft.tree) > 0
+        survived = self._draft.commit(tokens).survived
+        self.stats.reroot_hits += had_tree and survived
+        self.stats.reroot_misses += had_tree and not survived
+
     def best_scores(self, budget: int) -> FloatArray:
         """Path scores of the ``budget`` best nodes, best first."""
         budget = min(budget, self._most_nodes)
@@ -206,7 +222,7 @@ class RequestRun:
         """The ``budget`` best nodes, or as many as the request allows and there is memory for."""
         budget = min(budget, self._most_nodes)
         if not budget or self._draft is None:
-            self._selected = np.zeros(0, np.int64)
+            self._selected = _NO_NODES
             return DraftTree.empty()
         if not self._sequence.reserve(self._length + budget):
             budget = min(budget, self._sequence.room - self._length)
@@ -238,10 +254,11 @@ class RequestRun:
         self.stats.target_rows += len(tree) + 1
         self.stats.target_seconds += seconds
         if self._draft is not None:
+            accepted = self._selected[verdict.accepted]
             self.stats.record_verification(
                 num_draft_tokens=len(tree),
-                num_accepted_tokens=verdict.num_accepted_tokens,
-                proposers=self._draft.proposers(self._selected[verdict.accepted]),
+                num_accepted_tokens=len(accepted),
+                proposers=self._draft.proposers(accepted) if len(accepted) else {},
             )
             if self.is_predicted:
                 self.stats.accepted_prediction_tokens += verdict.num_accepted_tokens
@@ -266,7 +283,9 @@ class RequestRun:
         self.stats.num_output_tokens += len(kept)
         if not self.finished:
             self.processor.commit(self._tokens[start : self._length])
-            self._reroot(self._tokens[start : self._length])
+            # In this process a drafter that rests hears of it when it is to draft again.
+            if self._draft is not None and not (self._drafts_here and self._draft.tree.is_bare):
+                self.tell_draft()
         return StepOutput(
             token_ids=kept,
             num_accepted=min(len(kept), len(drafted)),
@@ -303,13 +322,6 @@ class RequestRun:
         )
         self.finished, self.error = True, ModelError(message)
         return StepOutput(token_ids=[], num_accepted=0, text="")
-
-    def _reroot(self, tokens: IntArray) -> None:
-        if self._draft is not None:
-            had_tree = len(self._draft.tree) > 0
-            survived = self._draft.commit(tokens).survived
-            self.stats.reroot_hits += had_tree and survived
-            self.stats.reroot_misses += had_tree and not survived
 
 
 def _require_known(prediction_ids: IntArray | None, vocab_size: int) -> None:

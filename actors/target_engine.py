@@ -183,6 +183,8 @@ class TargetEngine:
         self.drafted = False
         while growers := this_round.growers():
             began = self.clock()
+            for index in growers:
+                runs[index].tell_draft()
             rows = drafting.grow([drafts[index] for index in growers], self.shape.width)
             seconds = self.clock() - began
             if self.trace is not None:

@@ -46,7 +46,7 @@ class SerialRound:
             _live_scores(tree) if tree is not None and (self.drafts or index in given) else _NOTHING
             for index, tree in enumerate(trees)
         ]
-        self._offers = [(0.0, 0) if tree is None else self._offer(tree) for tree in trees]
+        self._offers = [(0.0, 0) if tree is None or not self.drafts else self._offer(tree) for tree in trees]
         """Expected gain of expanding each tree once more, and the rows that takes; none where it is over."""
 
     def growers(self) -> list[int]:

@@ -59,6 +59,9 @@ class _BatchSize:
         known = self.drafted.count >= TRIAL
         return known and (not self.plain.count or self.drafted.ratio >= margin * self.plain.ratio)
 
+    def has_stopped(self, margin: float) -> bool:
+        return self.drafted.count >= TRIAL and not self.is_ahead(margin)
+
 
 class TrackRecord:
     """For batch sizes that differ by less than twice, one record each."""
@@ -74,8 +77,7 @@ class TrackRecord:
 
     def has_stopped(self, batch: int) -> bool:
         """Whether drafting for so many requests at once has not paid."""
-        size = self._of(batch)
-        return size.drafted.count >= TRIAL and not size.is_ahead(self._margin)
+        return self._of(batch).has_stopped(self._margin)
 
     def allows(self, batch: int, *, with_texts: bool) -> bool:
         """Whether a step of so many requests may be preceded by drafting.
@@ -104,7 +106,7 @@ class TrackRecord:
                 size.pause = FIRST_PAUSE
             return
         size.since_plain = 0
-        if self.has_stopped(batch):
+        if size.has_stopped(self._margin):
             size.waited += 1
             if size.waited >= size.pause:
                 size.waited, size.pause = 0, min(2 * size.pause, LONGEST_PAUSE)
@@ -114,5 +116,9 @@ class TrackRecord:
         key = batch.bit_length()
         if key not in self._sizes:
             soon = ELSEWHERE_REFRESH - ELSEWHERE_FIRST if self._elsewhere else 0
-            self._sizes[key] = _BatchSize(since_plain=soon)
+            self._sizes[key] = new = _BatchSize(since_plain=soon)
+            smaller = self._sizes[max((each for each in self._sizes if each < key), default=key)]
+            if smaller.has_stopped(self._margin):
+                # Nodes are the dearer the more rows a step has anyway: it is tried no sooner.
+                new.drafted, new.pause = _Kind(expected=1.0, count=TRIAL), smaller.pause
         return self._sizes[key]

@@ -38,6 +38,10 @@ class RawTree(LivingTree):
         super().__init__(Law.DETERMINISTIC, 1)
         self.raw: DraftTree | None = None
 
+    @property
+    def is_bare(self) -> bool:
+        return self.raw is None
+
     def frontier(self, width: int) -> IntArray:
         return np.full(min(width, int(self.raw is None)), ROOT)
 

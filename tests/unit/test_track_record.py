@@ -5,6 +5,7 @@ import pytest
 
 from outrider.speculation.pipelines.track_record import (
     ELSEWHERE_FIRST,
+    FIRST_PAUSE,
     FIRST_PLAIN,
     REFRESH,
     TRIAL,
@@ -78,6 +79,15 @@ def test_batch_sizes_are_judged_apart() -> None:
         serve(record, 32, 50, speedup=0.5)
     assert record.allows(1, with_texts=False)
     assert not record.allows(32, with_texts=False)
+
+
+def test_what_does_not_pay_for_fewer_is_not_tried_at_once_for_more() -> None:
+    record = TrackRecord()
+    serve(record, 16, 500, speedup=0.9)
+    pause = serve(record, 32, 1000, speedup=2.0).index(True)
+    assert pause > 4 * FIRST_PAUSE
+    assert record.allows(32, with_texts=False), "a trial that comes later still counts"
+    assert serve(record, 8, 20, speedup=2.0).count(True) > 10, "of fewer it says nothing"
 
 
 def test_steps_with_texts_are_no_trials() -> None:
