@@ -136,6 +136,15 @@ constexpr size_t CHUNK = sizeof(T) == 2 ? std::numeric_limits<size_t>::max() / 2
 template <class T>
 constexpr size_t TOGETHER = sizeof(T) == 2 ? 2 : 1;  // inputs that lie beside one another
 
+// Where 16 outputs of a group have their weights for input k, or for it and the next; the other 16 lie RIGHT further.
+template <class T>
+INLINE const T* line_of(const T* group, size_t k) {
+    return group + (sizeof(T) == 2 ? k / STEP * 2 * TILE + k % STEP * 16 : k * WIDTH);
+}
+
+template <class T>
+constexpr size_t RIGHT = sizeof(T) == 2 ? TILE : 16;
+
 // ---- portable: the compiler's vectors -------------------------------------------------------
 
 INLINE void multiply(const float* w, const float* x, float* sums) {
@@ -143,8 +152,10 @@ INLINE void multiply(const float* w, const float* x, float* sums) {
 }
 
 INLINE void multiply(const uint16_t* w, const float* x, float* sums) {
-    for (size_t j = 0; j < WIDTH; j++) sums[j] += to_float(w[2 * j]) * x[0];
-    for (size_t j = 0; j < WIDTH; j++) sums[j] += to_float(w[2 * j + 1]) * x[1];
+    for (size_t side = 0; side < 2; side++, w += RIGHT<uint16_t>, sums += 16) {
+        for (size_t j = 0; j < 16; j++) sums[j] += to_float(w[2 * j]) * x[0];
+        for (size_t j = 0; j < 16; j++) sums[j] += to_float(w[2 * j + 1]) * x[1];
+    }
 }
 
 template <class T, size_t R>
@@ -156,7 +167,7 @@ static void portable_block(const Job& job, const Pass& pass) {
         float chunk[R * WIDTH] = {};
         size_t end = std::min(start + CHUNK<T>, job.weights->padded);
         for (size_t k = start; k < end; k += TOGETHER<T>)
-            for (size_t r = 0; r < R; r++) multiply(w + k * WIDTH, x + r * job.stride + k, chunk + r * WIDTH);
+            for (size_t r = 0; r < R; r++) multiply(line_of(w, k), x + r * job.stride + k, chunk + r * WIDTH);
         join<T>(sums, lost, chunk, R * WIDTH);
     }
     recover(sums, lost, R * WIDTH);
@@ -184,17 +195,18 @@ AVX2 static void avx2_block(const Job& job, const Pass& pass) {
             for (auto& part : of_row) part = _mm256_setzero_ps();
         size_t end = std::min(start + CHUNK<T>, job.weights->padded);
         for (size_t k = start; k < end; k += TOGETHER<T>) {
-            const char* line = reinterpret_cast<const char*>(w + k * WIDTH);
+            const T* line = line_of(w, k);
             ahead.step();
 #pragma GCC unroll 4
             for (size_t i = 0; i < 4; i++) {
+                const T* eight = line + i / 2 * RIGHT<T> + i % 2 * 8 * TOGETHER<T>;
                 if constexpr (sizeof(T) == 4) {
-                    __m256 weights = _mm256_loadu_ps(w + k * WIDTH + i * 8);
+                    __m256 weights = _mm256_loadu_ps(eight);
 #pragma GCC unroll 4
                     for (size_t r = 0; r < R; r++)
                         chunk[r][i] = _mm256_fmadd_ps(weights, _mm256_set1_ps(x[r * job.stride + k]), chunk[r][i]);
                 } else {
-                    __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + i);
+                    __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(eight));
                     __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
                     __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, upper));
 #pragma GCC unroll 4
@@ -246,10 +258,10 @@ AVX512 static void avx512_block(const Job& job, const Pass& pass) {
         for (size_t r = 0; r < R; r++) chunk[r][0] = chunk[r][1] = _mm512_setzero_ps();
         size_t end = std::min(start + CHUNK<T>, job.weights->padded);
         for (size_t k = start; k < end; k += TOGETHER<T>) {
-            const char* line = reinterpret_cast<const char*>(w + k * WIDTH);
+            const T* line = line_of(w, k);
             ahead.step();
             if constexpr (sizeof(T) == 4) {
-                __m512 left = _mm512_load_ps(line), right = _mm512_load_ps(line + 64);
+                __m512 left = _mm512_load_ps(line), right = _mm512_load_ps(line + RIGHT<T>);
 #pragma GCC unroll 12
                 for (size_t r = 0; r < R; r++) {
                     __m512 value = _mm512_set1_ps(x[r * job.stride + k]);
@@ -257,7 +269,7 @@ AVX512 static void avx512_block(const Job& job, const Pass& pass) {
                     chunk[r][1] = _mm512_fmadd_ps(right, value, chunk[r][1]);
                 }
             } else {
-                __m512i left = _mm512_load_si512(line), right = _mm512_load_si512(line + 64);
+                __m512i left = _mm512_load_si512(line), right = _mm512_load_si512(line + RIGHT<T>);
                 __m512 left_even = _mm512_castsi512_ps(_mm512_slli_epi32(left, 16));
                 __m512 left_odd = _mm512_castsi512_ps(_mm512_and_si512(left, upper));
                 __m512 right_even = _mm512_castsi512_ps(_mm512_slli_epi32(right, 16));
@@ -299,14 +311,16 @@ constexpr Block BY_AVX512[] = TWELVE(AVX512_BLOCK);
 
 template <size_t R>
 AVX512_BF16 static void bf16_block(const Job& job, const Pass& pass) {
-    const char* line = job.weights->group(pass.group);
+    const uint16_t* w = reinterpret_cast<const uint16_t*>(job.weights->group(pass.group));
     const uint16_t* x = static_cast<const uint16_t*>(job.x) + pass.row * job.stride;
     Lookahead ahead(*job.weights, pass);
     __m512 total[R][2];
     for (auto& of_row : total) of_row[0] = of_row[1] = _mm512_setzero_ps();
-    for (size_t k = 0; k < job.weights->padded; k += 2, line += 128) {
+    for (size_t k = 0; k < job.weights->padded; k += 2) {
+        const uint16_t* line = line_of(w, k);
         ahead.step();
-        __m512bh left = (__m512bh)_mm512_load_si512(line), right = (__m512bh)_mm512_load_si512(line + 64);
+        __m512bh left = (__m512bh)_mm512_load_si512(line);
+        __m512bh right = (__m512bh)_mm512_load_si512(line + RIGHT<uint16_t>);
 #pragma GCC unroll 12
         for (size_t r = 0; r < R; r++) {
             int pair;
@@ -358,17 +372,17 @@ template <Beside BESIDE>
 AMX static void amx_pass(const Weights& weights, size_t group, const uint16_t* x, size_t stride, float* sums) {
     const char* w = weights.group(group);
     const char* next = weights.group(group + 1);
-    const long x_bytes = static_cast<long>(stride * 2), w_bytes = WIDTH * 4;
+    const long x_bytes = static_cast<long>(stride * 2), sum_bytes = WIDTH * 4;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (size_t k = 0; k < weights.padded; k += STEP, w += STEP * WIDTH * 2) {
         prefetch_step(w);
-        _tile_loadd(6, w, w_bytes);
+        _tile_loadd(6, w, 64);
         _tile_loadd(4, x + k, x_bytes);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, w + 64, w_bytes);
+        _tile_loadd(7, w + 2 * TILE, 64);
         _tile_dpbf16ps(1, 4, 7);
         if constexpr (BESIDE == Beside::more_rows) {
             _tile_loadd(5, x + k + 16 * stride, x_bytes);
@@ -376,18 +390,18 @@ AMX static void amx_pass(const Weights& weights, size_t group, const uint16_t* x
             _tile_dpbf16ps(3, 5, 7);
         } else if constexpr (BESIDE == Beside::next_group) {
             prefetch_step(next);
-            _tile_loadd(6, next, w_bytes);
+            _tile_loadd(6, next, 64);
             _tile_dpbf16ps(2, 4, 6);
-            _tile_loadd(7, next + 64, w_bytes);
+            _tile_loadd(7, next + 2 * TILE, 64);
             _tile_dpbf16ps(3, 4, 7);
             next += STEP * WIDTH * 2;
         }
     }
-    _tile_stored(0, sums, w_bytes);
-    _tile_stored(1, sums + 16, w_bytes);
+    _tile_stored(0, sums, sum_bytes);
+    _tile_stored(1, sums + 16, sum_bytes);
     if constexpr (BESIDE != Beside::nothing) {
-        _tile_stored(2, sums + 16 * WIDTH, w_bytes);
-        _tile_stored(3, sums + 16 * WIDTH + 16, w_bytes);
+        _tile_stored(2, sums + 16 * WIDTH, sum_bytes);
+        _tile_stored(3, sums + 16 * WIDTH + 16, sum_bytes);
     }
     asm volatile("" : : "r"(sums) : "memory");
 }
