@@ -10,6 +10,7 @@ FLAGS = [
     "-fvisibility=hidden",
     "-g0",
     "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
     "-Wno-psabi",
 ]
 
@@ -34,6 +35,7 @@ setup(
             "openmp.hpp",
             "weights.hpp",
             "int8.hpp",
+            "amx.hpp",
             "selecting.hpp",
             "attention_job.hpp",
             "layer_calls.hpp",

@@ -5,10 +5,15 @@
 The embedded target, inflated, and the embedded draft model, in bfloat16. The loop calls ``F.linear`` for
 every linear layer and does nothing else; a step is all that a decoder does for so many rows below a text,
 from laying out the batch to logits. What is compared takes turns, on one thread; ratios are those of each
-turn. Nothing else should run meanwhile.
+turn. Nothing else should run meanwhile. The draft's step is also compared with what it takes without native
+kernels, with PyTorch alone, in processes of their own that take turns.
 """
 
 import argparse
+import os
+import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +27,7 @@ from common import conditions, finish
 from outrider.actors.model_runner import ModelRunner
 from outrider.actors.runner import TreeQuery
 from outrider.cluster.bench.machine import measured_limits, seconds_of
+from outrider.kernels.native import library
 from outrider.models.batch import text_rows, tree_rows
 from outrider.models.block_pool import blocks_for
 from outrider.models.decoder_loader import load_decoder
@@ -33,6 +39,7 @@ from outrider.models.parallel import ALONE
 
 Way = Callable[[], object]
 DRAFT_ROWS = 4
+PROCESSES = 5
 CANONICAL, FAST = Numerics.CANONICAL, Numerics.FAST
 
 
@@ -179,6 +186,29 @@ def of_draft(args: argparse.Namespace, copy: float) -> dict[str, Any]:
     }
 
 
+def draft_step_ms(args: argparse.Namespace) -> float:
+    """The draft's step alone."""
+    step = partial(Model(pair.DRAFT, args.context).step, DRAFT_ROWS)
+    return float(np.median(taking_turns({"step": step}, 20 * args.turns)["step"]))
+
+
+def without_kernels(args: argparse.Namespace) -> dict[str, Any]:
+    """The draft's step with native kernels and without."""
+    ways = {"native": "", "PyTorch": "off"}
+    ms: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(PROCESSES):
+        for name, kernel in ways.items():
+            done = subprocess.run(
+                [sys.executable, __file__, "--draft-step", "--context", str(args.context)],
+                env=os.environ | {library.VARIABLE: kernel},
+                stdout=subprocess.PIPE,
+                check=True,
+            )
+            ms[name].append(float(done.stdout))
+    ratios = [plain / native for native, plain in zip(ms["native"], ms["PyTorch"], strict=True)]
+    return {"ms": ms, "native over PyTorch": round(statistics.median(ratios), 3)}
+
+
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     """Which steps of the inflated target are timed, and how often."""
     parser.add_argument("--parameters", type=parse_count, default=120 * 10**6)
@@ -192,14 +222,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_step_arguments(parser)
+    parser.add_argument("--draft-step", action="store_true", help="only print the draft's milliseconds")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.draft_step:
+        print(draft_step_ms(args))
+        return
     limits = measured_limits()
     with inflated(pair.TARGET, args.parameters) as folder:
         target = of_target(folder, args, limits.copy)
     for name in ("threads", "numerics"):
         print(f"{name}: {target[name]}")
     draft = of_draft(args, limits.copy)
+    draft["without kernels"] = without_kernels(args)
     print(f"draft: {draft}")
     finish(
         {

@@ -1,8 +1,8 @@
 """Linear layers with weights of eight bits, for drafters: half of bfloat16's bytes, and other numbers.
 
-Weights are quantised once, symmetrically, with a float32 scale for each output. Rows keep their dtype and
-sums are float32 or better, so a result is off by the rounding of weights alone. On CPU a native kernel
-(``native/int8.hpp``) widens weights in registers and sums each row in one order, whatever stands beside it.
+Weights are quantised once, symmetrically, with a float32 scale for each output. Rows keep their dtype, or 16
+bits with a scale of their own, and sums are float32 or better, so a result is off by the rounding of weights
+alone. On CPU a native kernel (``native/int8.hpp``) computes each row in one order, whatever stands beside it.
 """
 
 import torch

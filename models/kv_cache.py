@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from outrider.kernels.kv_move import kv_move
+from outrider.models import huge_pages
 from outrider.models.block_pool import BLOCK, NO_BLOCK, BlockPool, blocks_for, next_key
 from outrider.models.device import CPU
 from outrider.models.kernel_set import KVMove
@@ -48,8 +49,10 @@ class KVCache:
         device: torch.device = CPU,
         move: KVMove = kv_move,
     ) -> None:
-        self.pool = torch.zeros(
-            layers, (num_blocks + 1) * BLOCK, 2, kv_heads, head_dim, dtype=dtype, device=device
+        shape = layers, (num_blocks + 1) * BLOCK, 2, kv_heads, head_dim
+        on_host = device.type == "cpu"
+        self.pool = (
+            huge_pages.zeros(shape, dtype) if on_host else torch.zeros(shape, dtype=dtype, device=device)
         )
         self.layers = list(self.pool)
         self.blocks = BlockPool(num_blocks)

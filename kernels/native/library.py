@@ -1,7 +1,7 @@
 """Finds the compiled kernels, and says so once where there are none.
 
-``OUTRIDER_CPU_KERNEL`` chooses an instruction set (``amx``, ``avx512_bf16``, ``avx512``, ``avx2``,
-``portable``) instead of the fastest one that this processor has; ``off`` does without.
+``OUTRIDER_CPU_KERNEL`` chooses an instruction set (``amx``, ``avx512_bf16``, ``avx512_vnni``, ``avx512``,
+``avx2``, ``portable``) instead of the fastest one that this processor has; ``off`` does without.
 """
 
 import logging

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -38,6 +39,7 @@ struct Job {
     size_t stride;
     void* y;
     size_t rows;
+    const float *row_scales = nullptr, *floats = nullptr;  // see int8.hpp
 };
 
 using Kernel = void (*)(const Job&, size_t first, size_t last);  // groups [first, last)
@@ -348,99 +350,7 @@ constexpr Block BY_BF16[] = TWELVE(BF16_BLOCK);
 #include "int8.hpp"
 
 #if OUTRIDER_AMX
-// ---- AMX: up to 32 rows against 32 outputs and 32 inputs at once ----------------------------
-
-#define AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq")))
-
-struct alignas(64) TileConfig {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-};
-
-INLINE AMX void prefetch_step(const char* w) {
-#pragma GCC unroll 32
-    for (size_t line = 0; line < STEP * WIDTH * 2; line += 64) _mm_prefetch(w + AHEAD / 2 + line, _MM_HINT_T0);
-}
-
-// What tiles 2 and 3 sum while 0 and 1 sum the left and right outputs of a group for up to 16 rows.
-enum class Beside { nothing, more_rows, next_group };
-
-// Tiles 4 and 5 hold x, 6 and 7 weights. Every element of a sum takes the products of a tile in one
-// order, however many rows it has. sums: [16][WIDTH], and as much again for what is computed beside.
-template <Beside BESIDE>
-AMX static void amx_pass(const Weights& weights, size_t group, const uint16_t* x, size_t stride, float* sums) {
-    const char* w = weights.group(group);
-    const char* next = weights.group(group + 1);
-    const long x_bytes = static_cast<long>(stride * 2), sum_bytes = WIDTH * 4;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (size_t k = 0; k < weights.padded; k += STEP, w += STEP * WIDTH * 2) {
-        prefetch_step(w);
-        _tile_loadd(6, w, 64);
-        _tile_loadd(4, x + k, x_bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, w + 2 * TILE, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if constexpr (BESIDE == Beside::more_rows) {
-            _tile_loadd(5, x + k + 16 * stride, x_bytes);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        } else if constexpr (BESIDE == Beside::next_group) {
-            prefetch_step(next);
-            _tile_loadd(6, next, 64);
-            _tile_dpbf16ps(2, 4, 6);
-            _tile_loadd(7, next + 2 * TILE, 64);
-            _tile_dpbf16ps(3, 4, 7);
-            next += STEP * WIDTH * 2;
-        }
-    }
-    _tile_stored(0, sums, sum_bytes);
-    _tile_stored(1, sums + 16, sum_bytes);
-    if constexpr (BESIDE != Beside::nothing) {
-        _tile_stored(2, sums + 16 * WIDTH, sum_bytes);
-        _tile_stored(3, sums + 16 * WIDTH + 16, sum_bytes);
-    }
-    asm volatile("" : : "r"(sums) : "memory");
-}
-
-AMX static void by_amx(const Job& job, size_t first, size_t last) {
-    const Weights& weights = *job.weights;
-    size_t passes = (job.rows + 31) / 32, count = (job.rows + passes - 1) / passes;
-    size_t upper = std::min<size_t>(count, 16), lower = count - upper;
-    TileConfig config = {};
-    config.palette = 1;
-    for (int tile = 0; tile < 8; tile++) {
-        bool beside = lower && (tile == 2 || tile == 3 || tile == 5);
-        config.row_bytes[tile] = 64;
-        config.rows[tile] = static_cast<uint8_t>(tile >= 6 ? 16 : beside ? lower : upper);
-    }
-    // The intrinsics do not say what memory they read.
-    asm volatile("" : : "r"(&config), "r"(job.x) : "memory");
-    _tile_loadconfig(&config);
-    alignas(64) float sums[32 * WIDTH];
-    const uint16_t* x = static_cast<const uint16_t*>(job.x);
-    size_t g = first;
-    if (!lower)
-        for (; g + 2 <= last; g += 2) {  // two groups at a time are two streams from memory
-            amx_pass<Beside::next_group>(weights, g, x, job.stride, sums);
-            store<uint16_t>(job, g, 0, count, sums);
-            store<uint16_t>(job, g + 1, 0, count, sums + 16 * WIDTH);
-        }
-    for (; g < last; g++)
-        for (size_t i = 0; i < passes; i++) {
-            // The last pass goes over some rows again rather than have tiles of another size.
-            size_t row = std::min(i * count, job.rows - count);
-            if (lower)
-                amx_pass<Beside::more_rows>(weights, g, x + row * job.stride, job.stride, sums);
-            else
-                amx_pass<Beside::nothing>(weights, g, x, job.stride, sums);
-            store<uint16_t>(job, g, row, count, sums);
-        }
-    _tile_release();
-}
+#include "amx.hpp"
 #endif
 
 // ---- what this processor can do -------------------------------------------------------------
@@ -450,7 +360,7 @@ struct Path {
     bool (*usable)();
     Kernel bfloat16, float32;
     bool widens;  // the bfloat16 kernel wants x in float32
-    Kernel int8_bfloat16, int8_float32;  // weights of eight bits, and the type of rows; x in float32
+    Kernel int8_bfloat16, int8_float32;  // weights of eight bits, and the type of rows; x in float32 but for VNNI
 
     Kernel kernel(const Weights& w) const {
         if (w.eight_bits()) return w.kind == Kind::bfloat16 ? int8_bfloat16 : int8_float32;
@@ -459,16 +369,18 @@ struct Path {
 };
 
 #if OUTRIDER_X86
-static bool has_avx512_bf16() {
+static bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+static bool has_avx512_bf16() {  // with VNNI on every processor
     unsigned a = 0, b = 0, c = 0, d = 0;
-    return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    return has_avx512_vnni() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
 #endif
 
 #if OUTRIDER_AMX
 static bool has_amx() {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if (!has_avx512_vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
     if (!(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // AMX-BF16 and AMX-TILE
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // Linux lends tiles on demand only
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
@@ -479,10 +391,12 @@ static bool has_amx() {
 #define BOTH(blocks) KERNEL(blocks<uint16_t>), KERNEL(blocks<float>)
 static const Path PATHS[] = {
 #if OUTRIDER_AMX
-    {"amx", has_amx, by_amx, KERNEL(BY_AVX512<float>), false, BOTH(INT8_BY_AVX512)},
+    {"amx", has_amx, by_amx, KERNEL(BY_AVX512<float>), false, int8_by_vnni, KERNEL(INT8_BY_AVX512<float>)},
 #endif
 #if OUTRIDER_X86
-    {"avx512_bf16", has_avx512_bf16, KERNEL(BY_BF16), KERNEL(BY_AVX512<float>), false, BOTH(INT8_BY_AVX512)},
+    {"avx512_bf16", has_avx512_bf16, KERNEL(BY_BF16), KERNEL(BY_AVX512<float>), false, int8_by_vnni,
+     KERNEL(INT8_BY_AVX512<float>)},
+    {"avx512_vnni", has_avx512_vnni, BOTH(BY_AVX512), true, int8_by_vnni, KERNEL(INT8_BY_AVX512<float>)},
     {"avx512", has_avx512, BOTH(BY_AVX512), true, BOTH(INT8_BY_AVX512)},
     {"avx2", has_avx2, BOTH(BY_AVX2), true, BOTH(INT8_BY_AVX2)},
 #endif
@@ -510,15 +424,23 @@ static void lay_out(const From* x, size_t rows, Job& job, std::vector<To>& into)
 static void linear(const Path& path, const Weights& w, const void* x, void* y, size_t rows, size_t threads) {
     if (!rows || !w.outs) return;
     Job job{&w, x, w.ins, y, rows};
+    const Kernel kernel = path.kernel(w);
     static thread_local std::vector<float> floats;
     static thread_local std::vector<uint16_t> halves;
+#if OUTRIDER_X86
+    static thread_local Bytes bytes;
+    if (kernel == int8_by_vnni) {
+        to_bytes(w, static_cast<const uint16_t*>(x), rows, bytes);
+        job.x = bytes.bytes.data(), job.stride = 2 * w.padded;
+        job.row_scales = bytes.scales.data(), job.floats = bytes.floats.data();
+    } else
+#endif
     if (w.kind == Kind::bfloat16 && (path.widens || w.eight_bits()))
         lay_out(static_cast<const uint16_t*>(x), rows, job, floats);
     else if (w.kind == Kind::bfloat16 && w.ins != w.padded)
         lay_out(static_cast<const uint16_t*>(x), rows, job, halves);
     else if (w.ins != w.padded)
         lay_out(static_cast<const float*>(x), rows, job, floats);
-    Kernel kernel = path.kernel(w);
     threads = std::min({threads, w.groups, 1 + w.bytes() / THREAD_WORK});
     in_parts(w.groups, threads, [&](size_t first, size_t last) { kernel(job, first, last); });
 }

@@ -6,7 +6,8 @@
 // faster than lines here and there.
 // Missing outputs of the last group are zero and are never stored; bfloat16 inputs are filled up
 // with zeros to a multiple of 32, in the weights and in x alike, so that 0 * inf cannot appear.
-// Weights of eight bits are [in][32], and filled up to a multiple of 4 inputs.
+// Weights of eight bits are [in / 4][32][4], fours being what AVX512-VNNI multiplies, and filled up to
+// a multiple of 4 inputs.
 
 #pragma once
 
@@ -16,6 +17,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <vector>
 
 #include <sys/mman.h>
@@ -27,6 +29,7 @@ namespace outrider {
 constexpr size_t WIDTH = 32;  // outputs of a group
 constexpr size_t STEP = 32;   // inputs of an AMX tile; bfloat16 inputs are padded to it
 constexpr size_t TILE = STEP * WIDTH / 2;  // elements of a tile
+constexpr size_t QUAD = 4;                 // inputs that lie together where weights have eight bits
 constexpr size_t HUGE_PAGE = 2u << 20;
 constexpr size_t ARENA = 32u << 20;
 
@@ -89,19 +92,21 @@ struct Weights {
     char* data = nullptr;
     std::vector<float> bias;    // empty, or one per output of every group
     std::vector<float> scales;  // the same; where there are some, weights have eight bits
+    std::vector<int32_t> sums;  // of an output's weights, where these have eight bits
     Arena* arena = nullptr;
 
     Weights(Kind kind, const void* source, size_t outs, size_t ins, const float* offsets, const float* factors)
         : kind(kind), outs(outs), ins(ins), groups((outs + WIDTH - 1) / WIDTH) {
         per_output(offsets, bias);
         per_output(factors, scales);
-        const size_t multiple = eight_bits() ? 4 : kind == Kind::bfloat16 ? STEP : 1;
+        const size_t multiple = eight_bits() ? QUAD : kind == Kind::bfloat16 ? STEP : 1;
         padded = (ins + multiple - 1) / multiple * multiple;
         data = static_cast<char*>(take(bytes(), arena));
         std::memset(data, 0, bytes());
-        if (eight_bits())
+        if (eight_bits()) {
             fill(static_cast<const int8_t*>(source));
-        else if (kind == Kind::bfloat16)
+            add_up(static_cast<const int8_t*>(source));
+        } else if (kind == Kind::bfloat16)
             fill(static_cast<const uint16_t*>(source));
         else
             fill(static_cast<const float*>(source));
@@ -123,6 +128,12 @@ struct Weights {
         std::copy(from, from + outs, into.begin());
     }
 
+    void add_up(const int8_t* source) {
+        sums.assign(groups * WIDTH, 0);
+        for (size_t out = 0; out < outs; out++)
+            sums[out] = std::accumulate(source + out * ins, source + (out + 1) * ins, int32_t{0});
+    }
+
     template <class T>
     void fill(const T* source) {
         T* into = reinterpret_cast<T*>(data);
@@ -131,7 +142,9 @@ struct Weights {
             T* group = into + out / WIDTH * WIDTH * padded;
             const size_t o = out % WIDTH;
             for (size_t k = 0; k < ins; k++) {
-                if constexpr (sizeof(T) == 2)
+                if constexpr (sizeof(T) == 1)
+                    group[k / QUAD * QUAD * WIDTH + o * QUAD + k % QUAD] = row[k];
+                else if constexpr (sizeof(T) == 2)
                     group[(k / STEP * 2 + o / 16) * TILE + k % STEP / 2 * 32 + o % 16 * 2 + k % 2] = row[k];
                 else
                     group[k * WIDTH + o] = row[k];
