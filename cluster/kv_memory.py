@@ -45,7 +45,13 @@ def kv_blocks(
         )
     size = network.block_bytes
     if kv_cache_memory is not None:
-        blocks = parse_bytes(kv_cache_memory) // size
+        asked = parse_bytes(kv_cache_memory)
+        if network.device.type == "cpu" and asked > machine_bytes():
+            there = machine_bytes() // 2**20
+            raise InvalidConfigError(
+                f"kv_cache_memory must be at most the machine's {there} MiB, not {kv_cache_memory!r}"
+            )
+        blocks = asked // size
     else:
         wanted = max_num_seqs * blocks_for(network.max_model_len + max_nodes + 1)
         if network.device.type == "cpu":

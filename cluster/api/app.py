@@ -279,7 +279,10 @@ async def _failed(request: Request, error: Exception) -> Response:  # noqa: ARG0
 
 async def _refused_path(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error(request, Refusal(status=error.status_code, message=str(error.detail)))
+    message, cause = str(error.detail), error.__cause__
+    if isinstance(cause, UnicodeDecodeError):
+        message = f"the body is not UTF-8: byte {cause.object[cause.start]:#04x} at {cause.start}"
+    return _error(request, Refusal(status=error.status_code, message=message))
 
 
 def _error(request: Request, refusal: Refusal) -> Response:

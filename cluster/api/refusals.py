@@ -60,4 +60,6 @@ def refusal_of_body(errors: Sequence[Mapping[str, Any]], *, skip: int = 0) -> Re
     # Behind a field that may be of several types stand the types that it was tried as.
     place = ".".join(str(part) for part in first["loc"][skip:] if str(part)[:4] not in ("str", "list"))
     message = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    if not place and first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = "should be an object"
     return Refusal(status=400, message=f"{place or 'the body'}: {message}", param=place or None)

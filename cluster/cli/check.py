@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from outrider.cluster.probe import ModelReport
 
 NAME = "check"
+UNFOLDED = 250
+"""Columns of a table that a program reads."""
 SUMMARY = "validate a cluster.yaml and say what would run where"
 
 DESCRIPTION = """\
@@ -58,7 +61,8 @@ def _print(report: "CheckReport") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    # Where nobody looks on, paths stay whole.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else UNFOLDED)
     placed = Table(box=box.SIMPLE)
     for heading in ("node", "offers", "would run", "models"):
         placed.add_column(heading, overflow="fold")

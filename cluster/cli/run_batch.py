@@ -81,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     options, config, load = _options(arguments), *_generator(arguments)
     settings = _settings(arguments, config)
     _refuse_same_files(arguments)
+    _require_writable(arguments.report)
     with ExitStack() as opened:
         source = InputFile(Path(arguments.input))
         opened.callback(source.close)
@@ -196,6 +197,16 @@ def _refuse_same_files(arguments: argparse.Namespace) -> None:
     given, taken = Path(arguments.input), Path(arguments.output)
     if given.exists() and taken.exists() and given.samefile(taken):
         raise InvalidConfigError(f"output must be another file than the input, not {arguments.output!r}")
+
+
+def _require_writable(report: str | None) -> None:
+    if report is None:
+        return
+    try:
+        with Path(report).open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise InvalidConfigError(f"report {report!r} cannot be written: {error.strerror}") from error
 
 
 def _write_report(path: str | None, report: "Report") -> None:

@@ -158,9 +158,11 @@ def _settings(arguments: argparse.Namespace) -> "ModelSettings":
     from outrider.cluster.api.calls import Limits
     from outrider.cluster.api.service import ModelSettings
 
-    for name, least in (("max_waiting", 0), ("max_choices", 1), ("max_body_size", 1), ("port", 0)):
-        if getattr(arguments, name) < least:
-            raise InvalidConfigError(f"{name} must be at least {least}, not {getattr(arguments, name)}")
+    leasts = {"max_waiting": 0, "max_tokens": 1, "max_choices": 1, "max_body_size": 1, "port": 0}
+    for name, least in leasts.items():
+        given = getattr(arguments, name)
+        if given is not None and given < least:
+            raise InvalidConfigError(f"{name} must be at least {least}, not {given}")
     if not arguments.host:
         raise InvalidConfigError("host must not be empty; 0.0.0.0 means every address")
     if arguments.port > 65535:

@@ -185,6 +185,13 @@ def test_a_body_that_is_no_text_or_no_json(path: str, body: bytes, server: LiveS
     assert error["type"] == "invalid_request_error"
 
 
+def test_what_is_wrong_with_a_body_is_said(server: LiveServer) -> None:
+    _, error = error_of(server, COMPLETIONS, b'{"prompt":"caf\xe9"}')
+    assert error["message"] == "the body is not UTF-8: byte 0xe9 at 14"
+    _, error = error_of(server, COMPLETIONS, b"[]")
+    assert error["message"] == "the body: should be an object"
+
+
 def test_harmless_oddities_are_served(server: LiveServer) -> None:
     for body in (
         b'{"prompt":"a\\u0000b","max_tokens":1}',

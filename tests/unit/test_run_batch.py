@@ -76,6 +76,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("--input", "missing"), "input 'missing' cannot be read: No such file or directory"),
     (("--input", "/dev/null"), "input '/dev/null' must be a regular file"),
     (("--output", "no/where"), "output 'no/where' cannot be written: No such file or directory"),
+    (("--report", "no/where"), "report 'no/where' cannot be written: No such file or directory"),
     (("--output", "{source}"), "--output must be another file than the input"),
     (("--chat-template", "missing"), "the chat template 'missing' cannot be read"),
     (("missing.yaml",), "there is no file 'missing.yaml'"),

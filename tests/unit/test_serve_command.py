@@ -33,6 +33,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--api-key-file", "/no/such"], "the API key file '/no/such' cannot be read: No such file"),
     (["--chat-template", "/no/such"], "the chat template '/no/such' cannot be read: No such file"),
     (["--chat-template", "/"], "the chat template '/' cannot be read: Is a directory"),
+    (["--max-tokens", "0"], "max-tokens must be at least 1, not 0"),
     (["no-such.yaml"], "no-such.yaml cannot be read: No such file or directory"),
     (["--model", "/no/model", "--port", "0"], "there is no model folder '/no/model'"),
     (

@@ -82,6 +82,8 @@ def test_memory_is_bounded_by_the_machine_s(runner: ModelRunner, monkeypatch: py
     assert blocks(runner, max_num_seqs=64, gpu_memory_utilization=1.0, processes=2) == 30
     with pytest.raises(InvalidConfigError, match=r"room for 320 tokens, less than max_model_len 512"):
         blocks(runner, kv_cache_memory=10 * size)
+    with pytest.raises(InvalidConfigError, match=f"kv_cache_memory must be at most .*, not {201 * size}"):
+        blocks(runner, kv_cache_memory=201 * size)
 
 
 @pytest.mark.parametrize("size", ["much", True, -1, 1.5, "-3GB"])
