@@ -74,10 +74,12 @@ class RequestRun:
         self._selected = _NO_NODES
         asked = request.num_speculative_tokens
         self._most_nodes = engine.shape.num_speculative_tokens if asked is None else asked
-        self._drafts = (
+        self._speculates = (
             request.speculative and self._most_nodes > 0 and engine.drafting_of(request) is not None
         )
-        self.is_predicted = self._drafts and request.prediction_ids is not None
+        self._is_to_open = self._speculates
+        """Whether drafting for it has yet to be opened."""
+        self.is_predicted = self._speculates and request.prediction_ids is not None
         """Whether the caller's prediction drafts for it."""
         self._drafts_here = not self.is_predicted and isinstance(engine.drafting, LocalDraftEngine)
         self._is_off = False
@@ -115,8 +117,8 @@ class RequestRun:
             return False
         self._sequence = sequence
         self.stats.cached_tokens += sequence.length
-        if self._drafts:
-            self._open_draft()
+        if not self._drafts_here:
+            self.open_draft()
         return True
 
     def leave(self) -> None:
@@ -199,6 +201,24 @@ class RequestRun:
         self.stats.draft_rows += rows
         self.stats.draft_seconds += seconds
 
+    def open_draft(self) -> None:
+        """Opens its drafting, once; without room at the drafter the request is decoded plainly.
+
+        In this process that is done when drafting first may pay: many requests are over by then.
+
+        Raises:
+            OutriderError: its drafter cannot serve it.
+        """
+        if not self._is_to_open:
+            return
+        self._is_to_open = False
+        drafting = self._engine.drafting_of(self.request)
+        assert drafting is not None
+        try:
+            self._draft = drafting.open(self.request, self.stats)
+        except OutOfBlocksError as error:
+            log.info("request %s: not drafted for: %s", self.request.request_id, error)
+
     def tell_draft(self) -> None:
         """Tells its drafting what it does not know of the text yet."""
         assert self._draft is not None
@@ -253,12 +273,12 @@ class RequestRun:
         self.stats.target_steps += 1
         self.stats.target_rows += len(tree) + 1
         self.stats.target_seconds += seconds
-        if self._draft is not None:
+        if self._speculates:
             accepted = self._selected[verdict.accepted]
             self.stats.record_verification(
                 num_draft_tokens=len(tree),
                 num_accepted_tokens=len(accepted),
-                proposers=self._draft.proposers(accepted) if len(accepted) else {},
+                proposers={} if self._draft is None else self._draft.proposers(accepted),
             )
             if self.is_predicted:
                 self.stats.accepted_prediction_tokens += verdict.num_accepted_tokens
@@ -304,16 +324,6 @@ class RequestRun:
             costs.observe_verdict(hits, int(with_children.sum()), float(tree.scores.sum()))
         else:
             costs.observe_verdict(0, 0, 0.0)
-
-    def _open_draft(self) -> None:
-        """Opens its drafting, once; without room at the drafter the request is decoded plainly."""
-        self._drafts = False
-        drafting = self._engine.drafting_of(self.request)
-        assert drafting is not None
-        try:
-            self._draft = drafting.open(self.request, self.stats)
-        except OutOfBlocksError as error:
-            log.info("request %s: not drafted for: %s", self.request.request_id, error)
 
     def _fail(self, position: int) -> StepOutput:
         message = (

@@ -16,12 +16,12 @@ from outrider.actors.tracing import Trace
 from outrider.models.device import CPU
 from outrider.models.numerics import MAX_ROWS
 from outrider.speculation.logprobs import answer_together
+from outrider.speculation.pipelines import serial
 from outrider.speculation.pipelines.actions import Choice, Linger, Verify, Wait
 from outrider.speculation.pipelines.costs import CostEstimates
 from outrider.speculation.pipelines.parallel import ParallelPipeline
 from outrider.speculation.pipelines.prediction import PredictionPipeline
 from outrider.speculation.pipelines.registry import PIPELINES
-from outrider.speculation.pipelines.serial import SerialRound
 from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.request import Request, StepOutput
 from outrider.speculation.sampling import choose_together, cut
@@ -157,29 +157,37 @@ class TargetEngine:
         """Waits for drafters where that pays; each request's rows."""
         counts = share_rows([run.num_pending for run in runs], self.max_rows)
         asking = [run for run, count in zip(runs, counts, strict=True) if count == run.num_pending]
-        trees = dict(zip(asking, self._trees(asking, sum(counts)), strict=True))
+        trees = dict(zip(asking, self._trees(asking, sum(counts), len(runs)), strict=True))
         return [
             Part(run=run, count=count, tree=trees.get(run)) for run, count in zip(runs, counts, strict=True)
         ]
 
-    def _trees(self, runs: Sequence[RequestRun], text_rows: int) -> list[DraftTree]:
-        """What to verify for requests whose last tokens are cached in this step, beside the text."""
+    def _trees(self, runs: Sequence[RequestRun], text_rows: int, company: int) -> list[DraftTree]:
+        """What to verify for requests whose last tokens are cached in this step, beside the text.
+
+        company: requests in the step, with the others.
+        """
         if not runs:
             return []
         if isinstance(self.drafting, LocalDraftEngine):
-            budgets = self._drafted_here(runs, text_rows, self.drafting)
+            budgets = self._drafted_here(runs, text_rows, company, self.drafting)
         else:
             budgets = self._drafted_elsewhere(runs, text_rows)
         return [run.select(budget) for run, budget in zip(runs, budgets, strict=True)]
 
     def _drafted_here(
-        self, runs: Sequence[RequestRun], text_rows: int, drafting: LocalDraftEngine
+        self, runs: Sequence[RequestRun], text_rows: int, company: int, drafting: LocalDraftEngine
     ) -> list[int]:
         """Has trees grow while that pays; most nodes of each to verify."""
+        given = [index for index, run in enumerate(runs) if run.is_predicted]
+        others = company - len(given)
+        may_pay = serial.may_pay(self.shape, self.costs, others, with_texts=text_rows > len(runs))
+        if may_pay:
+            for run in runs:
+                run.open_draft()
         drafts = [run.draft for run in runs]
         trees = [None if draft is None else draft.tree for draft in drafts]
-        given = [index for index, run in enumerate(runs) if run.is_predicted]
-        this_round = SerialRound(self.shape, self.costs, trees, text_rows, given)
+        this_round = serial.SerialRound(self.shape, self.costs, trees, text_rows, given, drafts=may_pay)
         self.drafted = False
         while growers := this_round.growers():
             began = self.clock()

@@ -18,12 +18,22 @@ from outrider.speculation.selection import best_together, share_budget
 from outrider.speculation.types import FloatArray
 
 
+def may_pay(shape: TreeShape, costs: CostEstimates, company: int, *, with_texts: bool) -> bool:
+    """Whether to look at drafting before a step at all: not where it has not paid (``track_record``).
+
+    company: requests in the step whose drafts take time. Those that are still taken in are among them:
+    they wait for drafts, too. with_texts: there are such.
+    """
+    return not shape.adaptive or costs.record.allows(company, with_texts=with_texts)
+
+
 class SerialRound:
-    """One step's drafting, if drafting has paid so far (``track_record``).
+    """One step's drafting.
 
     trees: of every request that gets a token in the step, None where nobody drafts.
     text_rows: rows of the step that are no nodes, at least one for each request.
     given: indices of trees that are complete and cost nothing to draft: they are verified in any step.
+    drafts: whether the others are grown, see ``may_pay``.
     """
 
     def __init__(
@@ -33,25 +43,24 @@ class SerialRound:
         trees: Sequence[LivingTree | None],
         text_rows: int,
         given: Collection[int] = (),
+        *,
+        drafts: bool = True,
     ) -> None:
         self._shape, self._costs, self._trees = shape, costs, trees
         self._other_rows = text_rows - len(trees)
         self._steps = [0] * len(trees)
         self._spent = 0.0
-        with_texts = self._other_rows > 0
-        others = len(trees) - len(given)
-        self.drafts = not shape.adaptive or costs.record.allows(others, with_texts=with_texts)
-        """Whether this step is one with drafting."""
+        self._drafts = drafts
         self._live = [
-            _live_scores(tree) if tree is not None and (self.drafts or index in given) else _NOTHING
+            _live_scores(tree) if tree is not None and (self._drafts or index in given) else _NOTHING
             for index, tree in enumerate(trees)
         ]
-        self._offers = [(0.0, 0) if tree is None or not self.drafts else self._offer(tree) for tree in trees]
+        self._offers = [(0.0, 0) if tree is None or not self._drafts else self._offer(tree) for tree in trees]
         """Expected gain of expanding each tree once more, and the rows that takes; none where it is over."""
 
     def growers(self) -> list[int]:
         """Which trees to expand now, in one draft step; none: verify."""
-        if not self.drafts:
+        if not self._drafts:
             return []
         able = [index for index, (_, rows) in enumerate(self._offers) if rows]
         if not able or not self._shape.adaptive:

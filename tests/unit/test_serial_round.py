@@ -8,7 +8,7 @@ import pytest
 
 from outrider.speculation.living_tree import LivingTree
 from outrider.speculation.pipelines.costs import CostEstimates
-from outrider.speculation.pipelines.serial import SerialRound
+from outrider.speculation.pipelines.serial import SerialRound, may_pay
 from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.pipelines.track_record import FIRST_PLAIN, TRIAL
 from outrider.speculation.step_cost import StepCostModel
@@ -159,11 +159,21 @@ def test_a_complete_tree_is_verified_also_where_drafting_has_not_paid() -> None:
     complete.mark_expanded([0, 1])
     costs = CostEstimates(StepCostModel(FLAT))
     trees = [tree_of([0.9]), complete, None]
-    this_round = SerialRound(TreeShape(), costs, trees, 3, given=[1])
-    assert not this_round.drafts
+    this_round = SerialRound(TreeShape(), costs, trees, 3, given=[1], drafts=False)
     assert this_round.growers() == []
     assert this_round.budgets() == [0, 2, 0]
-    assert round_of(costs, trees).budgets() == [0, 0, 0]
+    assert SerialRound(TreeShape(), costs, trees, 3, drafts=False).budgets() == [0, 0, 0]
+
+
+def test_whether_drafting_may_pay_is_asked_for_all_that_will_wait_for_it() -> None:
+    costs, shape = costs_of(FLAT), TreeShape()
+    for batch in (4, 8, 16, 32):  # from here on it pays no longer
+        for _ in range(500):
+            costs.record.observe(batch, drafted=True, tokens=1, seconds=9.0, plain_seconds=1.0)
+    assert may_pay(shape, costs, 1, with_texts=False)
+    assert may_pay(shape, costs, 3, with_texts=True)
+    assert not may_pay(shape, costs, 4, with_texts=True)
+    assert may_pay(TreeShape(adaptive=False), costs, 4, with_texts=True)
 
 
 def test_complete_trees_and_others_share_the_rows() -> None:
