@@ -68,7 +68,7 @@ REFUSED: list[tuple[object, str | None, int | None, str, str]] = [
     ({**row("x"), "url": "/v1/embeddings"}, "x", None, "invalid_url", "not '/v1/embeddings'"),
     ({**row("x"), "url": ["a" * 99]}, "x", None, "invalid_url", "aaa..."),
     (row("first"), "first", None, "duplicate_custom_id", "custom_id 'first' stands in an earlier line"),
-    ({**row("x"), "body": None}, "x", 400, "400", "the body: should be a valid dictionary"),
+    ({**row("x"), "body": None}, "x", 400, "400", "the body: should be an object"),
     ({**row("x"), "body": {}}, "x", 400, "400", "prompt: Field required"),
     (row("x", temperature="hot"), "x", 400, "400", "temperature: should be a valid number"),
     (row("x", top_p=7), "x", 400, "400", "top_p must be within (0, 1]"),
