@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
+from outrider.cluster.given_files import read_text
 from outrider.speculation.errors import InvalidConfigError
 
 KEY_VARIABLE = "OUTRIDER_API_KEY"
@@ -27,16 +27,3 @@ def api_keys(given: Iterable[str], file: str | None) -> list[str]:
         if not key.strip() or key != key.strip() or not key.isascii():
             raise InvalidConfigError("api_key must be ASCII, not empty, and without spaces around it")
     return keys
-
-
-def read_text(path: str, what: str) -> str:
-    """A file's text.
-
-    Raises:
-        InvalidConfigError: it cannot be read.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InvalidConfigError(f"the {what} {path!r} cannot be read: {reason}") from None

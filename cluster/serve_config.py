@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from outrider.cluster.api.app import MAX_BODY
 from outrider.cluster.api.calls import Limits
 from outrider.cluster.api.service import WAITING_PER_SLOT, ModelSettings
-from outrider.cluster.api_keys import read_text
 from outrider.cluster.cluster_config import ClusterConfig, load_config, parse_config
+from outrider.cluster.given_files import read_text
 from outrider.cluster.nearest import nearest
 from outrider.speculation.errors import InvalidConfigError
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from outrider.cluster.batch_files.lines import Answers
+from outrider.cluster.given_files import writing
 from outrider.speculation.errors import InvalidConfigError
 
 Settings: TypeAlias = dict[str, Any]
@@ -128,10 +129,8 @@ class ResultFile:
 
 
 def _opened(path: Path) -> int:
-    try:
+    with writing(f"output {str(path)!r}"):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise InvalidConfigError(f"output {str(path)!r} cannot be written: {error.strerror}") from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise InvalidConfigError(f"output {str(path)!r} must be a regular file")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from outrider.cluster.cli.arguments import Commands, integer, real
+from outrider.cluster.given_files import writing
 from outrider.speculation.errors import InvalidConfigError
 
 if TYPE_CHECKING:
@@ -112,10 +113,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _opened(file: str) -> TextIO:
-    try:
+    with writing(f"the plot {file!r}"):
         return open(file, "w", encoding="utf-8")
-    except OSError as error:
-        raise InvalidConfigError(f"the plot {file!r} cannot be written: {error.strerror}") from error
 
 
 def _measured(arguments: argparse.Namespace, opened: ExitStack) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from outrider.cluster.api_keys import read_text
 from outrider.cluster.cli.arguments import Commands, Parser, integer
 from outrider.cluster.cli.models import (
     add_models,
@@ -18,6 +17,7 @@ from outrider.cluster.cli.models import (
     refuse_settings_of_this_process,
     speculative_config,
 )
+from outrider.cluster.given_files import read_text, writing
 from outrider.speculation.errors import InvalidConfigError, OutriderError
 
 if TYPE_CHECKING:
@@ -200,13 +200,9 @@ def _refuse_same_files(arguments: argparse.Namespace) -> None:
 
 
 def _require_writable(report: str | None) -> None:
-    if report is None:
-        return
-    try:
-        with Path(report).open("a", encoding="utf-8"):
+    if report is not None:
+        with writing(f"report {report!r}"), Path(report).open("a", encoding="utf-8"):
             pass
-    except OSError as error:
-        raise InvalidConfigError(f"report {report!r} cannot be written: {error.strerror}") from error
 
 
 def _write_report(path: str | None, report: "Report") -> None:

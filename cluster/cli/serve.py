@@ -6,7 +6,7 @@ from collections.abc import Awaitable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from outrider.cluster.api_keys import api_keys, read_text
+from outrider.cluster.api_keys import api_keys
 from outrider.cluster.cli.arguments import Commands, Parser, integer, real
 from outrider.cluster.cli.models import (
     add_models,
@@ -17,6 +17,7 @@ from outrider.cluster.cli.models import (
     refuse_settings_of_this_process,
     speculative_config,
 )
+from outrider.cluster.given_files import read_text
 from outrider.speculation.errors import InvalidConfigError
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from outrider.cluster.cli.arguments import Commands
-from outrider.speculation.errors import InvalidConfigError
+from outrider.cluster.given_files import writing
 
 NAME = "trace"
 SUMMARY = "show where the time of a request went, as a page"
@@ -43,10 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     story = read_story(arguments.file, arguments.request)
     output = Path(arguments.output or Path(arguments.file).with_suffix(".html"))
-    try:
+    with writing(f"the page {str(output)!r}"):
         output.write_text(render_page(story), encoding="utf-8")
-    except OSError as error:
-        raise InvalidConfigError(f"the page {str(output)!r} cannot be written: {error.strerror}") from error
     others = len(story.requests) - 1
     beside = f"; {others} more: outrider trace --request ID" if others and arguments.request is None else ""
     print(f"{output}: request {story.request}{beside}")

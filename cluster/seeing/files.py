@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
+from outrider.cluster.given_files import writing
 from outrider.cluster.seeing.chrome import ChromeTrace
 from outrider.cluster.seeing.events import Event, EventLog
 from outrider.cluster.seeing.recording import Recorder
@@ -61,10 +62,11 @@ class Seeing:
 
     def _open(self, file: str) -> TextIO:
         try:
-            return self._files.enter_context(Path(file).open("w", encoding="utf-8"))
-        except OSError as error:
+            with writing(repr(file)):
+                return self._files.enter_context(Path(file).open("w", encoding="utf-8"))
+        except InvalidConfigError:
             self._files.close()
-            raise InvalidConfigError(f"{file!r} cannot be written: {error.strerror}") from error
+            raise
 
     def _take(self, events: list[Event]) -> None:
         if self._recorder is not None:

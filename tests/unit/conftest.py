@@ -1,8 +1,10 @@
-"""What several tests of the transport stand on."""
+"""What several files of tests stand on."""
 
 from collections.abc import Iterator
 
 import pytest
+import torch
+from instruments.native_linears import NATIVE
 from sockets import connecting
 
 from outrider.actors.grpc_client import DraftClient
@@ -22,3 +24,21 @@ def client(io: IoThread) -> Iterator[DraftClient]:
     """A target's client in that thread."""
     with connecting(io) as made:
         yield made
+
+
+@pytest.fixture
+def linear_path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Native linear layers by one instruction set; see ``instruments.native_linears``."""
+    assert NATIVE is not None
+    before = NATIVE.selected()
+    NATIVE.select(request.param)
+    yield
+    NATIVE.select(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """PyTorch's number of threads, which the test may change."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -3,44 +3,14 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from instruments.native_linears import DTYPES, SHAPES, needs_native, on_every_path
 
 from outrider.kernels.int8_linear import Int8Linear, int8_linear_reference, quantize_int8
 from outrider.kernels.native import library
-
-NATIVE = library.load()
-PATHS = NATIVE.paths() if NATIVE else []
-DTYPES = [torch.bfloat16, torch.float32]
-SHAPES = [(640, 384), (384, 1024), (64, 32), (33, 7), (1, 129), (17, 31), (100, 95), (31, 1)]
-"""Outputs and inputs; many are no multiple of a vector's or a group's size."""
-
-needs_native = pytest.mark.skipif(NATIVE is None, reason="the native module is not built or is switched off")
-
-
-def on_every_path(test: Any) -> Any:
-    test = pytest.mark.usefixtures("path")(pytest.mark.parametrize("path", PATHS, indirect=True)(test))
-    return needs_native(test)
-
-
-@pytest.fixture
-def path(request: pytest.FixtureRequest) -> Iterator[None]:
-    assert NATIVE is not None
-    before = NATIVE.selected()
-    NATIVE.select(request.param)
-    yield
-    NATIVE.select(before)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def layer(

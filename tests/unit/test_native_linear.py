@@ -5,47 +5,18 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from instruments.native_linears import DTYPES, PATHS, SHAPES, needs_native, on_every_path
 from instruments.sanitized import run_sanitized
 
 from outrider.kernels.linear import Linear, linear_reference
 from outrider.kernels.native import library
 
-NATIVE = library.load()
-PATHS = NATIVE.paths() if NATIVE else []
-DTYPES = [torch.bfloat16, torch.float32]
-SHAPES = [(640, 384), (384, 1024), (64, 32), (33, 7), (1, 129), (17, 31), (100, 95), (31, 1)]
-"""Outputs and inputs; many are no multiple of a vector's or a tile's size."""
 ROWS = (*range(1, 36), 47, 48, 49, 63, 64)
-
-needs_native = pytest.mark.skipif(NATIVE is None, reason="the native module is not built or is switched off")
-
-
-def on_every_path(test: Any) -> Any:
-    test = pytest.mark.usefixtures("path")(pytest.mark.parametrize("path", PATHS, indirect=True)(test))
-    return needs_native(test)
-
-
-@pytest.fixture
-def path(request: pytest.FixtureRequest) -> Iterator[None]:
-    assert NATIVE is not None
-    before = NATIVE.selected()
-    NATIVE.select(request.param)
-    yield
-    NATIVE.select(before)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def layer(
