@@ -60,6 +60,7 @@ class Model:
         self.linears = [linear for block in self.decoder.blocks for linear in block.linears]
         self.linears.append(self.decoder.head)
         self.bytes = sum(2 * outs * ins for outs, ins in (linear.shape for linear in self.linears))
+        self.read = sum(linear.nbytes for linear in self.linears)
         self._runner = ModelRunner(self.decoder, num_blocks=blocks_for(context + 2 * MAX_ROWS))
         self._text = KVSequence(self._runner.cache)
         self._text.reserve(context + MAX_ROWS)
@@ -141,12 +142,13 @@ def of_target(folder: Path, args: argparse.Namespace, copy: float) -> dict[str, 
             },
             args.turns,
         )
-        figures["share of copy speed"] = round(model.bytes / figures["ms"]["linears"] * 1e3 / copy, 3)
+        figures["share of copy speed"] = round(model.read / figures["ms"]["linears"] * 1e3 / copy, 3)
         by_rows[rows] = figures
         print(f"{rows} rows: {figures}")
     one = partial(model.step, 1)
     return {
         "bytes": model.bytes,
+        "bytes read": model.read,
         "rows": by_rows,
         "threads": compared(
             {"one": one, "two": partial(on_threads, 2, one)}, {"two over one": ("one", "two")}, args.turns

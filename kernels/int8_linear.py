@@ -60,6 +60,9 @@ class Int8Linear(Linear):
         self.packed = self.native is not None
         self._quantized = None if self.packed else (quantized, scales)
 
+    def _plain_nbytes(self) -> int:
+        return self.shape[0] * self.shape[1]
+
     def _plain(self, x: torch.Tensor) -> torch.Tensor:
         assert self._quantized is not None
         return int8_linear_reference(x, *self._quantized, self._bias)

@@ -64,6 +64,11 @@ class Linear:
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
             self.packed = True
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that a call reads: fewer than they had where the native kernel's are compact."""
+        return self._plain_nbytes() if self.native is None else self.native.nbytes
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         native = self.native
         if native is not None:
@@ -78,6 +83,9 @@ class Linear:
             native(x.data_ptr(), y.data_ptr(), rows, torch.get_num_threads())
             return y
         return self._plain(x)
+
+    def _plain_nbytes(self) -> int:
+        return self.shape[0] * self.shape[1] * self._dtype.itemsize
 
     def _plain(self, x: torch.Tensor) -> torch.Tensor:
         """Without the native kernel."""

@@ -51,7 +51,7 @@ QUICK = Plan(rows=(1, 8), contexts=(256,), turns=3, copied_bytes=4 << 20)
 class Case:
     """One kernel for so many rows. ours, reference: the calls of a pass.
 
-    name: with its sizes. dtype: ``int8`` for such weights. moved: bytes that a call must read and write.
+    name: with its sizes. dtype: ``int8`` for such weights. moved: bytes that our call must read and write.
     operations: a multiplication and an addition are two.
     """
 
@@ -188,7 +188,7 @@ def _of_linear(
             name=name,
             dtype=kind,
             rows=rows,
-            moved=weight_bytes + rows * sum(shape) * dtype.itemsize,
+            moved=layers[0].nbytes + rows * sum(shape) * dtype.itemsize,
             operations=2 * rows * shape[0] * shape[1],
             ours=[partial(layer, x) for layer in layers],
             reference=[partial(layer, x) for layer in plain],

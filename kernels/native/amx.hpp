@@ -1,6 +1,6 @@
 // AMX: up to 32 rows against 32 outputs and 32 inputs at once. Included by linear.cpp.
 
-#define AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq")))
+#define AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,popcnt")))
 
 struct alignas(64) TileConfig {
     uint8_t palette, start_row, reserved[14];
@@ -8,52 +8,99 @@ struct alignas(64) TileConfig {
     uint8_t rows[16];
 };
 
-INLINE AMX void prefetch_step(const char* w) {
+// Steps as they lie in memory.
+class PlainSteps {
+  public:
+    static constexpr size_t LAG = 0;  // steps between fetching and use
+
+    explicit PlainSteps(const char* weights) : weights(weights) {}
+    MEMBER AMX void fetch(size_t i) const {
+        const char* ahead = weights + i * STEP * WIDTH * 2 + AHEAD / 2;
 #pragma GCC unroll 32
-    for (size_t line = 0; line < STEP * WIDTH * 2; line += 64) _mm_prefetch(w + AHEAD / 2 + line, _MM_HINT_T0);
+        for (size_t line = 0; line < STEP * WIDTH * 2; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+    }
+    MEMBER AMX const uint16_t* at(size_t i) const {
+        return reinterpret_cast<const uint16_t*>(weights) + i * STEP * WIDTH;
+    }
+
+  private:
+    const char* weights;
+};
+
+// Multiplies up to 32 rows of a step's inputs: tiles 4 and 5 hold x, 6 and 7 weights. Every element of a sum
+// takes the products of a tile in one order, however many rows it has.
+template <bool MORE_ROWS>
+INLINE AMX void multiply_step(const uint16_t* w, const uint16_t* x, size_t stride) {
+    const long x_bytes = static_cast<long>(stride * 2);
+    _tile_loadd(6, w, 64);
+    _tile_loadd(4, x, x_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w + TILE, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (MORE_ROWS) {
+        _tile_loadd(5, x + 16 * stride, x_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
 }
 
-// What tiles 2 and 3 sum while 0 and 1 sum the left and right outputs of a group for up to 16 rows.
-enum class Beside { nothing, more_rows, next_group };
-
-// Tiles 4 and 5 hold x, 6 and 7 weights. Every element of a sum takes the products of a tile in one
-// order, however many rows it has. sums: [16][WIDTH], and as much again for what is computed beside.
-template <Beside BESIDE>
-AMX static void amx_pass(const Weights& weights, size_t group, const uint16_t* x, size_t stride, float* sums) {
-    const char* w = weights.group(group);
-    const char* next = weights.group(group + 1);
-    const long x_bytes = static_cast<long>(stride * 2), sum_bytes = WIDTH * 4;
+// Tiles 0 and 1 sum the left and right outputs of a group for up to 16 rows, 2 and 3 for more.
+INLINE AMX void zero_sums() {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (size_t k = 0; k < weights.padded; k += STEP, w += STEP * WIDTH * 2) {
-        prefetch_step(w);
-        _tile_loadd(6, w, 64);
-        _tile_loadd(4, x + k, x_bytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, w + 2 * TILE, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if constexpr (BESIDE == Beside::more_rows) {
-            _tile_loadd(5, x + k + 16 * stride, x_bytes);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        } else if constexpr (BESIDE == Beside::next_group) {
-            prefetch_step(next);
-            _tile_loadd(6, next, 64);
-            _tile_dpbf16ps(2, 4, 6);
-            _tile_loadd(7, next + 2 * TILE, 64);
-            _tile_dpbf16ps(3, 4, 7);
-            next += STEP * WIDTH * 2;
-        }
-    }
-    _tile_stored(0, sums, sum_bytes);
-    _tile_stored(1, sums + 16, sum_bytes);
-    if constexpr (BESIDE != Beside::nothing) {
-        _tile_stored(2, sums + 16 * WIDTH, sum_bytes);
-        _tile_stored(3, sums + 16 * WIDTH + 16, sum_bytes);
+}
+
+// sums: [32][WIDTH].
+template <bool MORE_ROWS>
+INLINE AMX void read_sums(float* sums) {
+    _tile_stored(0, sums, WIDTH * 4);
+    _tile_stored(1, sums + 16, WIDTH * 4);
+    if constexpr (MORE_ROWS) {
+        _tile_stored(2, sums + 16 * WIDTH, WIDTH * 4);
+        _tile_stored(3, sums + 16 * WIDTH + 16, WIDTH * 4);
     }
     asm volatile("" : : "r"(sums) : "memory");
+}
+
+// Rows [row, row + rows) go through groups [first, last), whose steps follow one another.
+template <bool MORE_ROWS, class Steps>
+AMX static void amx_pass(const Job& job, Steps steps, size_t first, size_t last, size_t row, size_t rows) {
+    const uint16_t* x = static_cast<const uint16_t*>(job.x) + row * job.stride;
+    const size_t of_group = job.weights->padded / STEP, all = (last - first) * of_group;
+    alignas(64) float sums[32 * WIDTH];
+    size_t group = first, step = 0;
+    zero_sums();
+    for (size_t i = 0; i < all + Steps::LAG; i++) {
+        if (i < all) steps.fetch(i);
+        if (i < Steps::LAG) continue;
+        multiply_step<MORE_ROWS>(steps.at(i - Steps::LAG), x + step * STEP, job.stride);
+        if (++step < of_group) continue;
+        read_sums<MORE_ROWS>(sums);
+        store<uint16_t>(job, group++, row, rows, sums);
+        zero_sums();
+        step = 0;
+    }
+}
+
+template <class Steps>
+static void amx_pass(const Job& job, const Steps& steps, size_t first, size_t last, size_t row, size_t rows) {
+    if (rows > 16)
+        amx_pass<true>(job, steps, first, last, row, rows);
+    else
+        amx_pass<false>(job, steps, first, last, row, rows);
+}
+
+static void in_passes(const Job& job, size_t first, size_t last, size_t passes, size_t rows) {
+    const Weights& weights = *job.weights;
+    static thread_local Plain decoded;
+    for (size_t g = first; g < last; g++) {
+        const char* plain = weights.compact() ? decoded.of(weights, g) : weights.group(g);
+        // The last pass goes over some rows again rather than have tiles of another size.
+        for (size_t i = 0; i < passes; i++)
+            amx_pass(job, PlainSteps(plain), g, g + 1, std::min(i * rows, job.rows - rows), rows);
+    }
 }
 
 AMX static void by_amx(const Job& job, size_t first, size_t last) {
@@ -70,24 +117,11 @@ AMX static void by_amx(const Job& job, size_t first, size_t last) {
     // The intrinsics do not say what memory they read.
     asm volatile("" : : "r"(&config), "r"(job.x) : "memory");
     _tile_loadconfig(&config);
-    alignas(64) float sums[32 * WIDTH];
-    const uint16_t* x = static_cast<const uint16_t*>(job.x);
-    size_t g = first;
-    if (!lower)
-        for (; g + 2 <= last; g += 2) {  // two groups at a time are two streams from memory
-            amx_pass<Beside::next_group>(weights, g, x, job.stride, sums);
-            store<uint16_t>(job, g, 0, count, sums);
-            store<uint16_t>(job, g + 1, 0, count, sums + 16 * WIDTH);
-        }
-    for (; g < last; g++)
-        for (size_t i = 0; i < passes; i++) {
-            // The last pass goes over some rows again rather than have tiles of another size.
-            size_t row = std::min(i * count, job.rows - count);
-            if (lower)
-                amx_pass<Beside::more_rows>(weights, g, x + row * job.stride, job.stride, sums);
-            else
-                amx_pass<Beside::nothing>(weights, g, x, job.stride, sums);
-            store<uint16_t>(job, g, row, count, sums);
-        }
+    if (passes == 1 && weights.compact())
+        amx_pass(job, CompactSteps(weights, first), first, last, 0, count);
+    else if (passes == 1)
+        amx_pass(job, PlainSteps(weights.group(first)), first, last, 0, count);
+    else
+        in_passes(job, first, last, passes, count);
     _tile_release();
 }

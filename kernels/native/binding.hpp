@@ -8,18 +8,17 @@ namespace {
 struct PackedObject {
     PyObject_HEAD
     vectorcallfunc call;
-    outrider::Weights* weights;
+    outrider::Linear* linear;
 };
 
 PyObject* packed_call(PyObject* self, PyObject* const* args, size_t nargs, PyObject*) {
     size_t a[4];  // x, y, rows, threads
     if (!read_all(args, PyVectorcall_NARGS(nargs), a)) return nullptr;
-    const outrider::Weights& weights = *reinterpret_cast<PackedObject*>(self)->weights;
-    const Path& path = *selected.load();
+    const outrider::Linear& linear = *reinterpret_cast<PackedObject*>(self)->linear;
     bool enough = true;
     Py_BEGIN_ALLOW_THREADS
     try {
-        outrider::linear(path, weights, reinterpret_cast<const void*>(a[0]), reinterpret_cast<void*>(a[1]), a[2], a[3]);
+        linear(reinterpret_cast<const void*>(a[0]), reinterpret_cast<void*>(a[1]), a[2], a[3]);
     } catch (const std::bad_alloc&) {
         enough = false;
     }
@@ -38,21 +37,30 @@ PyObject* packed_new(PyTypeObject* type, PyObject* args, PyObject*) {
     packed->call = packed_call;
     Py_BEGIN_ALLOW_THREADS
     try {
-        packed->weights = new outrider::Weights(static_cast<outrider::Kind>(a[1]), reinterpret_cast<const void*>(a[0]),
-                                                a[2], a[3], reinterpret_cast<const float*>(a[4]),
-                                                reinterpret_cast<const float*>(a[5]));
+        packed->linear = new outrider::Linear(*selected.load(), static_cast<outrider::Kind>(a[1]),
+                                              reinterpret_cast<const void*>(a[0]), a[2], a[3],
+                                              reinterpret_cast<const float*>(a[4]), reinterpret_cast<const float*>(a[5]));
     } catch (const std::bad_alloc&) {
     }
     Py_END_ALLOW_THREADS
-    if (packed->weights) return object;
+    if (packed->linear) return object;
     Py_DECREF(object);
     return PyErr_NoMemory();
 }
 
 void packed_dealloc(PyObject* self) {
-    delete reinterpret_cast<PackedObject*>(self)->weights;
+    delete reinterpret_cast<PackedObject*>(self)->linear;
     Py_TYPE(self)->tp_free(self);
 }
+
+PyObject* packed_nbytes(PyObject* self, void*) {
+    return PyLong_FromSize_t(reinterpret_cast<PackedObject*>(self)->linear->bytes());
+}
+
+PyGetSetDef packed_attributes[] = {
+    {"nbytes", packed_nbytes, nullptr, "Bytes that a call reads of the weights.", nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
 
 PyTypeObject packed_type = [] {
     PyTypeObject type = {PyVarObject_HEAD_INIT(nullptr, 0)};
@@ -60,6 +68,7 @@ PyTypeObject packed_type = [] {
     type.tp_doc = "Packed(weights, kind, outs, ins, bias, scales): weights in the kernels' layout; called as (x, y, rows, threads).";
     type.tp_basicsize = sizeof(PackedObject);
     type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
+    type.tp_getset = packed_attributes;
     type.tp_new = packed_new;
     type.tp_dealloc = packed_dealloc;
     type.tp_call = PyVectorcall_Call;

@@ -350,6 +350,7 @@ constexpr Block BY_BF16[] = TWELVE(BF16_BLOCK);
 #include "int8.hpp"
 
 #if OUTRIDER_AMX
+#include "compact_steps.hpp"
 #include "amx.hpp"
 #endif
 
@@ -361,6 +362,7 @@ struct Path {
     Kernel bfloat16, float32;
     bool widens;  // the bfloat16 kernel wants x in float32
     Kernel int8_bfloat16, int8_float32;  // weights of eight bits, and the type of rows; x in float32 but for VNNI
+    bool reads_compact = false;          // bfloat16 weights
 
     Kernel kernel(const Weights& w) const {
         if (w.eight_bits()) return w.kind == Kind::bfloat16 ? int8_bfloat16 : int8_float32;
@@ -380,7 +382,7 @@ static bool has_avx512_bf16() {  // with VNNI on every processor
 #if OUTRIDER_AMX
 static bool has_amx() {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!has_avx512_vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if (!has_avx512_vnni() || !has_vbmi2() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
     if (!(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // AMX-BF16 and AMX-TILE
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // Linux lends tiles on demand only
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
@@ -391,7 +393,7 @@ static bool has_amx() {
 #define BOTH(blocks) KERNEL(blocks<uint16_t>), KERNEL(blocks<float>)
 static const Path PATHS[] = {
 #if OUTRIDER_AMX
-    {"amx", has_amx, by_amx, KERNEL(BY_AVX512<float>), false, int8_by_vnni, KERNEL(INT8_BY_AVX512<float>)},
+    {"amx", has_amx, by_amx, KERNEL(BY_AVX512<float>), false, int8_by_vnni, KERNEL(INT8_BY_AVX512<float>), true},
 #endif
 #if OUTRIDER_X86
     {"avx512_bf16", has_avx512_bf16, KERNEL(BY_BF16), KERNEL(BY_AVX512<float>), false, int8_by_vnni,
@@ -421,29 +423,42 @@ static void lay_out(const From* x, size_t rows, Job& job, std::vector<To>& into)
     job.stride = w.padded;
 }
 
-static void linear(const Path& path, const Weights& w, const void* x, void* y, size_t rows, size_t threads) {
-    if (!rows || !w.outs) return;
-    Job job{&w, x, w.ins, y, rows};
-    const Kernel kernel = path.kernel(w);
-    static thread_local std::vector<float> floats;
-    static thread_local std::vector<uint16_t> halves;
+// Weights in the layout of a path, which computes with them.
+struct Linear : Weights {
+    const Path& path;
+
+    Linear(const Path& path, Kind kind, const void* source, size_t outs, size_t ins, const float* bias, const float* scales)
+        : Weights(kind, source, outs, ins, bias, scales, path.reads_compact), path(path) {}
+
+    void operator()(const void* x, void* y, size_t rows, size_t threads) const {
+        if (rows && outs) compute(x, y, rows, threads);
+    }
+
+  private:
+    void compute(const void* x, void* y, size_t rows, size_t threads) const {
+        const Weights& w = *this;
+        Job job{&w, x, w.ins, y, rows};
+        const Kernel kernel = path.kernel(w);
+        static thread_local std::vector<float> floats;
+        static thread_local std::vector<uint16_t> halves;
 #if OUTRIDER_X86
-    static thread_local Bytes bytes;
-    if (kernel == int8_by_vnni) {
-        to_bytes(w, static_cast<const uint16_t*>(x), rows, bytes);
-        job.x = bytes.bytes.data(), job.stride = 2 * w.padded;
-        job.row_scales = bytes.scales.data(), job.floats = bytes.floats.data();
-    } else
+        static thread_local Bytes bytes;
+        if (kernel == int8_by_vnni) {
+            to_bytes(w, static_cast<const uint16_t*>(x), rows, bytes);
+            job.x = bytes.bytes.data(), job.stride = 2 * w.padded;
+            job.row_scales = bytes.scales.data(), job.floats = bytes.floats.data();
+        } else
 #endif
-    if (w.kind == Kind::bfloat16 && (path.widens || w.eight_bits()))
-        lay_out(static_cast<const uint16_t*>(x), rows, job, floats);
-    else if (w.kind == Kind::bfloat16 && w.ins != w.padded)
-        lay_out(static_cast<const uint16_t*>(x), rows, job, halves);
-    else if (w.ins != w.padded)
-        lay_out(static_cast<const float*>(x), rows, job, floats);
-    threads = std::min({threads, w.groups, 1 + w.bytes() / THREAD_WORK});
-    in_parts(w.groups, threads, [&](size_t first, size_t last) { kernel(job, first, last); });
-}
+        if (w.kind == Kind::bfloat16 && (path.widens || w.eight_bits()))
+            lay_out(static_cast<const uint16_t*>(x), rows, job, floats);
+        else if (w.kind == Kind::bfloat16 && w.ins != w.padded)
+            lay_out(static_cast<const uint16_t*>(x), rows, job, halves);
+        else if (w.ins != w.padded)
+            lay_out(static_cast<const float*>(x), rows, job, floats);
+        threads = std::min({threads, w.groups, 1 + w.bytes() / THREAD_WORK});
+        in_parts(w.groups, threads, [&](size_t first, size_t last) { kernel(job, first, last); });
+    }
+};
 
 }  // namespace outrider
 

@@ -67,5 +67,5 @@ PyObject* selected_path(PyObject*, PyObject*) { return PyUnicode_FromString(sele
 
 #define SELECTING_METHODS                                                                                     \
     {"paths", paths, METH_NOARGS, "Names of the instruction sets that this processor has, fastest first."},   \
-        {"select", select_path, METH_O, "Computes with this instruction set from now on."},                   \
+        {"select", select_path, METH_O, "What is made from now on computes with this instruction set."},                   \
         {"selected", selected_path, METH_NOARGS, "The instruction set in use."}

@@ -3,11 +3,11 @@
 
 struct Layer {
     const void* input_norm;  // [hidden], in the type of rows, as is post_norm
-    const outrider::Weights* qkv;
+    const outrider::Linear* qkv;
     const float* qk_norm;  // [heads + kv_heads][dim], or nothing
-    const outrider::Weights* output;
+    const outrider::Linear* output;
     const void* post_norm;
-    const outrider::Weights *gate_up, *down;
+    const outrider::Linear *gate_up, *down;
 };
 
 // What comes before the layers and behind them; embedding and norm in the type of rows.
@@ -15,7 +15,7 @@ struct Ends {
     const void* embedding;  // [tokens][hidden]
     size_t tokens;
     const void* norm;
-    const outrider::Weights* head;
+    const outrider::Linear* head;
 };
 
 // Tokens go in, one for each row; logits [count][vocabulary] of some rows come out. rows: which these are, or
@@ -50,7 +50,7 @@ struct Stack {
     }
 
     // The pools of layers lie behind one another, so many floats apart.
-    void run(const Path& path, outrider::Attention a, const Step& step, size_t apart, size_t threads) const {
+    void run(outrider::Attention a, const Step& step, size_t apart, size_t threads) const {
         static thread_local std::vector<float> rows, added, normed, heads, attended, both, inner;  // for either type
         rows.resize(a.rows * hidden());
         added.resize(a.rows * hidden());
@@ -60,20 +60,23 @@ struct Stack {
             std::memcpy(x + r * row_bytes(), part(ends.embedding, static_cast<size_t>(step.tokens[r])), row_bytes());
         const void* left = nullptr;
         a.eps = eps;
-        for (const Layer& layer : layers) {
+        for (size_t l = 0; l < layers.size(); l++) {
+            const Layer& layer = layers[l];
             heads.resize(a.rows * layer.qkv->outs);
             attended.resize(a.rows * layer.output->ins);
             both.resize(a.rows * layer.gate_up->outs);
             inner.resize(a.rows * layer.down->ins);
             calls->rms_norm(kind, x, left, layer.input_norm, normed.data(), a.rows, hidden(), eps);
-            outrider::linear(path, *layer.qkv, normed.data(), heads.data(), a.rows, threads);
+            (*layer.qkv)(normed.data(), heads.data(), a.rows, threads);
             a.projected = heads.data(), a.norm = layer.qk_norm, a.out = attended.data();
             calls->attend(kind, a, threads);
-            outrider::linear(path, *layer.output, attended.data(), add, a.rows, threads);
+            fetch(layer.post_norm);
+            (*layer.output)(attended.data(), add, a.rows, threads);
             calls->rms_norm(kind, x, add, layer.post_norm, normed.data(), a.rows, hidden(), eps);
-            outrider::linear(path, *layer.gate_up, normed.data(), both.data(), a.rows, threads);
+            (*layer.gate_up)(normed.data(), both.data(), a.rows, threads);
             calls->silu_mul(kind, both.data(), inner.data(), a.rows, layer.down->ins);
-            outrider::linear(path, *layer.down, inner.data(), add, a.rows, threads);
+            fetch(l + 1 < layers.size() ? layers[l + 1].input_norm : ends.norm);
+            (*layer.down)(inner.data(), add, a.rows, threads);
             left = add;
             a.pool += apart;
         }
@@ -82,10 +85,14 @@ struct Stack {
             const size_t at = step.wanted(i) * row_bytes();
             calls->rms_norm(kind, x + at, add + at, ends.norm, out, 1, hidden(), eps);
         }
-        outrider::linear(path, *ends.head, normed.data(), step.logits, step.count, threads);
+        (*ends.head)(normed.data(), step.logits, step.count, threads);
     }
 
   private:
+    // Weights that a norm will want when the linear layer before it has gone through memory.
+    void fetch(const void* norm) const {
+        for (size_t at = 0; at < row_bytes(); at += 64) __builtin_prefetch(static_cast<const char*>(norm) + at);
+    }
     const char* part(const void* table, size_t row) const { return static_cast<const char*>(table) + row * row_bytes(); }
 };
 
@@ -111,7 +118,7 @@ PyObject* stack_call(PyObject* self, PyObject* const* args, size_t nargs, PyObje
     bool enough = true;
     Py_BEGIN_ALLOW_THREADS
     try {
-        stack.run(*selected.load(), job, step, a[1], a[7]);
+        stack.run(job, step, a[1], a[7]);
     } catch (const std::bad_alloc&) {
         enough = false;
     }
@@ -120,7 +127,7 @@ PyObject* stack_call(PyObject* self, PyObject* const* args, size_t nargs, PyObje
     Py_RETURN_NONE;
 }
 
-const outrider::Weights* weights_of(PyObject* packed) { return reinterpret_cast<PackedObject*>(packed)->weights; }
+const outrider::Linear* linear_of(PyObject* packed) { return reinterpret_cast<PackedObject*>(packed)->linear; }
 
 bool read_layer(PyObject* from, Layer& into) {
     unsigned long long input_norm, qk_norm, post_norm;
@@ -128,18 +135,18 @@ bool read_layer(PyObject* from, Layer& into) {
     if (!PyArg_ParseTuple(from, "KO!KO!KO!O!", &input_norm, &packed_type, &qkv, &qk_norm, &packed_type, &output,
                           &post_norm, &packed_type, &gate_up, &packed_type, &down))
         return false;
-    into = {reinterpret_cast<const void*>(input_norm), weights_of(qkv), reinterpret_cast<const float*>(qk_norm),
-            weights_of(output), reinterpret_cast<const void*>(post_norm), weights_of(gate_up), weights_of(down)};
+    into = {reinterpret_cast<const void*>(input_norm), linear_of(qkv), reinterpret_cast<const float*>(qk_norm),
+            linear_of(output), reinterpret_cast<const void*>(post_norm), linear_of(gate_up), linear_of(down)};
     return true;
 }
 
 // Whether layers and head take and give rows of one size and kind.
 bool belong_together(const Stack& stack) {
     if (stack.layers.empty()) return false;
-    const outrider::Weights& head = *stack.ends.head;
+    const outrider::Linear& head = *stack.ends.head;
     if (static_cast<size_t>(head.kind) != stack.kind || head.ins != stack.hidden()) return false;
     for (const Layer& each : stack.layers) {
-        for (const outrider::Weights* w : {each.qkv, each.output, each.gate_up, each.down})
+        for (const outrider::Linear* w : {each.qkv, each.output, each.gate_up, each.down})
             if (static_cast<size_t>(w->kind) != stack.kind) return false;
         if (each.qkv->ins != stack.hidden() || each.output->outs != stack.hidden() || each.down->outs != stack.hidden() ||
             each.gate_up->ins != stack.hidden() || each.gate_up->outs != 2 * each.down->ins)
@@ -165,7 +172,7 @@ PyObject* stack_new(PyTypeObject* type, PyObject* args, PyObject*) {
     bool read = true;
     try {
         const Ends ends{reinterpret_cast<const void*>(embedding), static_cast<size_t>(tokens),
-                        reinterpret_cast<const void*>(norm), weights_of(head)};
+                        reinterpret_cast<const void*>(norm), linear_of(head)};
         made->stack = new Stack{static_cast<const outrider::LayerCalls*>(calls), static_cast<size_t>(kind), eps, ends, {}};
         made->stack->layers.resize(PyTuple_GET_SIZE(layers));
     } catch (const std::bad_alloc&) {

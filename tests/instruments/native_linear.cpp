@@ -50,11 +50,11 @@ void check(const Path& path, size_t outs, size_t ins, size_t rows, bool with_bia
     for (size_t i = 0; i < rows * ins; i++) narrow(normal(random), x.data[i]);
     for (size_t i = 0; i < outs; i++) bias.data[i] = normal(random), scales.data[i] = sizeof(W) == 1 ? normal(random) : 1;
     Kind kind = sizeof(T) == 2 ? Kind::bfloat16 : Kind::float32;
-    Weights weights(kind, source.data, outs, ins, with_bias ? bias.data : nullptr,
-                    sizeof(W) == 1 ? scales.data : nullptr);
+    const Linear linear(path, kind, source.data, outs, ins, with_bias ? bias.data : nullptr,
+                        sizeof(W) == 1 ? scales.data : nullptr);
     // With weights of eight bits such rows may become integers.
     const double tolerance = sizeof(T) == 2 && sizeof(W) == 1 ? 1e-4 : 1e-6;
-    linear(path, weights, x.data, y.data, rows, 2);
+    linear(x.data, y.data, rows, 2);
     for (size_t r = 0; r < rows; r++)
         for (size_t o = 0; o < outs; o++) {
             double sum = with_bias ? bias.data[o] : 0, size = std::fabs(sum);
@@ -72,9 +72,45 @@ void check(const Path& path, size_t outs, size_t ins, size_t rows, bool with_bia
         }
 }
 
+#if OUTRIDER_AMX
+// Compact weights are the weights, bit for bit: every bfloat16 number once in each of several surroundings.
+VBMI2 void check_compact() {
+    constexpr size_t outs = 96, ins = 65 * STEP;
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal(0.0f, 0.02f);
+    std::vector<uint16_t> source(outs * ins);
+    for (const size_t apart : {1, 2, 3}) {
+        for (auto& weight : source) weight = to_bfloat16(normal(random));
+        for (size_t bits = 0; bits < 1u << 16; bits++) source[outs + bits * apart] = static_cast<uint16_t>(bits);
+        const Weights compact(Kind::bfloat16, source.data(), outs, ins, nullptr, nullptr, true);
+        const Weights plain(Kind::bfloat16, source.data(), outs, ins, nullptr, nullptr, false);
+        bool same = compact.compact() && !plain.compact() && compact.bytes() < plain.bytes() * 9 / 10;
+        for (size_t g = 0; g < plain.groups; g++) {
+            Plain decoded;
+            same = same && !std::memcmp(decoded.of(compact, g), plain.group(g), plain.group_bytes());
+            CompactSteps steps(compact, g);
+            for (size_t i = 0; i < ins / STEP; i++) {
+                steps.fetch(i);
+                if (i < CompactSteps::LAG) continue;
+                const char* step = plain.group(g) + (i - CompactSteps::LAG) * STEP * WIDTH * 2;
+                same = same && !std::memcmp(steps.at(i - CompactSteps::LAG), step, STEP * WIDTH * 2);
+            }
+        }
+        if (!same) std::fprintf(stderr, "compact weights, numbers %zu apart, are others\n", apart), std::exit(1);
+    }
+    for (size_t i = 0; i < source.size(); i++) source[i] = static_cast<uint16_t>(random());
+    if (Weights(Kind::bfloat16, source.data(), outs, ins, nullptr, nullptr, true).compact())
+        std::fprintf(stderr, "weights of which nothing can be saved are compact\n"), std::exit(1);
+    std::printf("compact: no error\n");
+}
+#endif
+
 }  // namespace
 
 int main() {
+#if OUTRIDER_AMX
+    if (has_vbmi2()) check_compact();
+#endif
     const size_t shapes[][2] = {{1, 1}, {1, 129}, {33, 7}, {31, 33}, {32, 32}, {64, 95}, {80, 64}};
     const size_t rows[] = {1, 2, 3, 5, 12, 13, 16, 17, 31, 32, 33, 47, 64, 65};
     for (const Path& path : PATHS) {

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,23 @@ def test_the_given_weights_are_not_kept() -> None:
     assert torch.UntypedStorage._expired(storage)
     assert linear.packed
     torch.UntypedStorage._free_weak_ref(storage)
+
+
+@pytest.mark.skipif("amx" not in PATHS, reason="no AMX")
+def test_a_layers_weights_are_compact_where_that_saves_bytes() -> None:
+    weight, _, x = layer((640, 384), torch.bfloat16, bias=False)
+    bell_curve = Linear(weight)
+    assert bell_curve.nbytes < 0.72 * weight.nbytes
+    bits = torch.randint(-(1 << 15), 1 << 15, weight.shape, dtype=torch.int16)
+    any_bits = Linear(bits.view(torch.bfloat16).nan_to_num())
+    assert any_bits.nbytes == weight.nbytes
+    bits[32:] = weight[32:].view(torch.int16)
+    mixed = Linear(bits.view(torch.bfloat16).nan_to_num())
+    assert mixed.nbytes < 0.75 * weight.nbytes
+    for rows in (1, 17, 64):
+        same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+        same(mixed(x[:rows])[:, 32:], bell_curve(x[:rows])[:, 32:])
+        same(mixed(x[:rows])[:, :32], any_bits(x[:rows])[:, :32])
 
 
 @needs_native
