@@ -84,7 +84,7 @@ class LayerStack:
         """Writes the rows' KV; returns logits ``[wanted, vocab]`` in the weights' dtype.
 
         tokens: int64 ``[R]``, contiguous. wanted: rows, ascending; int64 where they are not consecutive.
-        pool: float32 ``[layers, N, 2, G, D]``, contiguous.
+        pool: ``[layers, N, 2, G, D]``, contiguous, in the weights' dtype.
 
         Raises:
             IndexError: a token that has no embedding.
@@ -92,8 +92,8 @@ class LayerStack:
         # The kernel gets bare addresses.
         if tokens.dtype is not torch.int64 or tokens.shape != (attention.rows,):
             raise ValueError(f"{tokens.dtype} {tuple(tokens.shape)} for {attention.rows} rows")
-        if len(pool) != len(self._layers):
-            raise ValueError(f"a pool of {len(pool)} layers for {len(self._layers)}")
+        if len(pool) != len(self._layers) or pool.dtype is not self._dtype:
+            raise ValueError(f"a pool of {len(pool)} {pool.dtype} layers for {len(self._layers)} {self._dtype}")
         if isinstance(wanted, slice):
             rows, first, count = 0, wanted.start, wanted.stop - wanted.start
         else:

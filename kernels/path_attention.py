@@ -89,8 +89,8 @@ class PathAttention:
     ) -> None:
         """heads: ``[R or more, (H + 2 G) * D]``, contiguous. norm: ``[H + G, D]`` of float32, or None.
 
-        pool: float32 ``[N, 2, G, D]``, one layer's keys and values. out: ``[R or more, H * D]``,
-        filled in place.
+        pool: ``[N, 2, G, D]``, one layer's keys and values. out: ``[R or more, H * D]``, filled in
+        place. Both have the dtype of the heads.
         """
         self._native.attend(
             *self.described,

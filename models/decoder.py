@@ -100,12 +100,12 @@ class Decoder:
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """That of keys and values: the model's on a device, ``attention_dtype`` on CPU.
+        """That of keys and values: the model's, or ``attention_dtype`` where PyTorch's products attend.
 
-        CPU libraries multiply small bfloat16 matrices at less than half of float32's speed,
-        so the cache of a bfloat16 model is float32 there: twice the memory, and more exact.
+        CPU libraries multiply small bfloat16 matrices at less than half of float32's speed.
         """
-        return self.attention_dtype if self.kernels.paged is None else self.dtype
+        paged_or_native = self.kernels.paged is not None or self.classes.by_path
+        return self.dtype if paged_or_native else self.attention_dtype
 
     @property
     def block_bytes(self) -> int:

@@ -268,8 +268,9 @@ def _attention(name: str, dtype: str, rows: int, context: int, config: ModelConf
     heads = torch.randn(rows, (H + 2 * G) * D).to(DTYPES[dtype])
     norm = torch.ones(H + G, D) if config.qk_norm else None
     out, eps = heads.new_empty(rows, H * D), config.rms_norm_eps
-    pool_bytes = blocks * BLOCK * 2 * G * D * 4
-    pools = [torch.randn(blocks * BLOCK, 2, G, D) for _ in range(_copies(pool_bytes, config, plan))]
+    pool_bytes = blocks * BLOCK * 2 * G * D * heads.element_size()
+    copies = _copies(pool_bytes, config, plan)
+    pools = [torch.randn(blocks * BLOCK, 2, G, D).to(heads.dtype) for _ in range(copies)]
     native = library.layers(heads)
     assert native is not None
     ours = PathAttention(native, keys, turns=turns, slots=slots, shape=(H, G, D), block=BLOCK)
@@ -284,7 +285,7 @@ def _attention(name: str, dtype: str, rows: int, context: int, config: ModelConf
         name=name,
         dtype=dtype,
         rows=rows,
-        moved=attended * 2 * G * D * 4 + heads.nbytes + out.nbytes,
+        moved=attended * 2 * G * D * heads.element_size() + heads.nbytes + out.nbytes,
         operations=4 * H * D * int((keys.seen - keys.first).sum()) + 6 * rows * (H + G) * D,
         ours=[partial(ours, heads, norm, eps, pool, out) for pool in pools],
         reference=[partial(plain, pool) for pool in pools],

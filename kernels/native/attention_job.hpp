@@ -18,7 +18,7 @@ struct Attention {
     const float* norm;      // [heads + kv_heads][dim], or nothing
     float eps;
     const int64_t* slots;         // [rows], where keys and values go
-    float* pool;                  // [slots][2][kv_heads][dim]
+    void* pool;                   // [slots][2][kv_heads][dim], in the type of what is projected
     const int64_t* tables;        // of blocks, all sequences' behind one another
     const int64_t* table_starts;  // [rows]
     const int64_t* first;         // [rows], the first position of the committed text that a row attends
@@ -39,15 +39,16 @@ struct Attention {
     }
 
     // Where the row's keys [from, to) of head g lie; the last one again where there are no more.
-    void find_keys(size_t row, size_t g, size_t from, size_t to, const float** into) const {
+    template <class T>
+    void find_keys(size_t row, size_t g, size_t from, size_t to, const T** into) const {
         const size_t entry = 2 * kv_heads * dim, begin = static_cast<size_t>(first[row]);
         const size_t committed = static_cast<size_t>(seen[row]) - begin, count = length(row);
         const int64_t* table = tables + table_starts[row];
-        const float* head = pool + g * dim;
+        const T* head = static_cast<const T*>(pool) + g * dim;
         size_t j = from;
         for (const size_t stop = std::min(committed, to); j < stop;) {
             const size_t p = begin + j;
-            const float* key = head + (static_cast<size_t>(table[p / block]) * block + p % block) * entry;
+            const T* key = head + (static_cast<size_t>(table[p / block]) * block + p % block) * entry;
             for (size_t end = std::min(stop, j + block - p % block); j < end; j++, key += entry) *into++ = key;
         }
         const int64_t* path = nodes + node_starts[row];

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "attention_job.hpp"
@@ -20,9 +21,29 @@ constexpr size_t THREAD_PRODUCTS = 1u << 18;  // that are worth waking a thread 
 constexpr size_t ROWS = 16;                   // that go through keys together
 constexpr size_t KEYS = 64;                   // of a block that all of them go through before the next
 
+// Begins with a line of the cache, for vectors that lie in two take twice the time.
+template <class T>
+struct InLines {
+    using value_type = T;
+    static constexpr std::align_val_t LINE{64};
+
+    InLines() = default;
+    template <class Other>
+    InLines(const InLines<Other>&) {}
+    T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), LINE)); }
+    void deallocate(T* memory, size_t) { ::operator delete(memory, LINE); }
+    bool operator==(const InLines&) const { return true; }
+    bool operator!=(const InLines&) const { return false; }
+};
+
+using Floats = std::vector<float, InLines<float>>;
+
+// T: of keys and values.
+template <class T>
 struct Buffers {
-    std::vector<const float*> keys;
-    std::vector<float> queries, turned, scores, sums, totals;
+    std::vector<const T*> keys;
+    std::vector<const float*> each_query;
+    Floats queries, turned, scores, sums, totals, values;
 };
 
 // Vectors of so many floats, for the kernels of one instruction set.
@@ -37,6 +58,13 @@ namespace portable {
 VECTORS(8)
 
 INLINE Vec splat(float x) { return Vec{x, x, x, x, x, x, x, x}; }
+
+// Loaded once: a compiler would rather load it again for every product.
+INLINE Vec in_register(Vec x) { return x; }
+
+INLINE Ints widen(Halves x) { return __builtin_convertvector(x, Ints); }
+
+INLINE Halves narrow(Ints x) { return __builtin_convertvector(x, Halves); }
 
 INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
@@ -67,6 +95,15 @@ namespace avx2 {
 VECTORS(8)
 
 INLINE Vec splat(float x) { return _mm256_set1_ps(x); }
+
+INLINE Vec in_register(Vec x) {
+    asm("" : "+x"(x));
+    return x;
+}
+
+INLINE Ints widen(Halves x) { return (Ints)_mm256_cvtepu16_epi32((__m128i)x); }
+
+INLINE Halves narrow(Ints x) { return __builtin_convertvector(x, Halves); }
 
 INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
@@ -109,6 +146,15 @@ namespace avx512 {
 VECTORS(16)
 
 INLINE Vec splat(float x) { return _mm512_set1_ps(x); }
+
+INLINE Vec in_register(Vec x) {
+    asm("" : "+v"(x));
+    return x;
+}
+
+INLINE Ints widen(Halves x) { return (Ints)_mm512_cvtepu16_epi32((__m256i)x); }
+
+INLINE Halves narrow(Ints x) { return (Halves)_mm512_cvtepi32_epi16((__m512i)x); }
 
 INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
@@ -161,7 +207,7 @@ struct Kernels {
     void (*rms_norm)(T*, const T*, const T*, T*, size_t, size_t, float);
     void (*silu_mul)(const T*, T*, size_t, size_t);
     void (*place)(const Attention&, size_t, float*);
-    void (*attend)(const Attention&, const float*, size_t, size_t, size_t, Buffers&);
+    void (*attend)(const Attention&, const float*, size_t, size_t, size_t, Buffers<T>&);
 };
 
 struct Path {
@@ -203,7 +249,7 @@ static void attention(const Path& path, const Attention& a, size_t threads) {
     threads = std::min(threads, 1 + 2 * keys * a.heads * a.dim / THREAD_PRODUCTS);
     // Head by head, so that its keys stay near while one row after the other goes through them.
     in_parts(a.rows * a.kv_heads, threads, [&](size_t first, size_t last) {
-        static thread_local Buffers buffers;
+        static thread_local Buffers<T> buffers;
         for (size_t end; first < last; first = end) {
             const size_t g = first / a.rows;
             end = std::min(last, (g + 1) * a.rows);

@@ -58,7 +58,7 @@ PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     if (eps == -1.0 && PyErr_Occurred()) return nullptr;
     outrider::Attention job = outrider::attention_of(shared);
     if (job.dim > outrider::MAX_DIM) return PyErr_Format(PyExc_ValueError, "heads of %zu numbers", job.dim);
-    job.projected = at<const void>(a[1]), job.norm = at<const float>(a[2]), job.pool = at<float>(a[3]);
+    job.projected = at<const void>(a[1]), job.norm = at<const float>(a[2]), job.pool = at<void>(a[3]);
     job.out = at<void>(a[4]), job.eps = static_cast<float>(eps);
     bool enough = true;
     Py_BEGIN_ALLOW_THREADS

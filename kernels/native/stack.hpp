@@ -37,7 +37,8 @@ struct Stack {
     std::vector<Layer> layers;
 
     size_t hidden() const { return layers[0].qkv->ins; }
-    size_t row_bytes() const { return hidden() * (kind ? sizeof(float) : sizeof(uint16_t)); }
+    size_t number_bytes() const { return kind ? sizeof(float) : sizeof(uint16_t); }
+    size_t row_bytes() const { return hidden() * number_bytes(); }
 
     bool fits(const outrider::Attention& a) const {
         for (const Layer& each : layers)
@@ -49,7 +50,7 @@ struct Stack {
         return std::all_of(tokens, tokens + count, [this](int64_t t) { return t >= 0 && size_t(t) < ends.tokens; });
     }
 
-    // The pools of layers lie behind one another, so many floats apart.
+    // The pools of layers lie behind one another, so many numbers apart.
     void run(outrider::Attention a, const Step& step, size_t apart, size_t threads) const {
         static thread_local std::vector<float> rows, added, normed, heads, attended, both, inner;  // for either type
         rows.resize(a.rows * hidden());
@@ -78,7 +79,7 @@ struct Stack {
             fetch(l + 1 < layers.size() ? layers[l + 1].input_norm : ends.norm);
             (*layer.down)(inner.data(), add, a.rows, threads);
             left = add;
-            a.pool += apart;
+            a.pool = static_cast<char*>(a.pool) + apart * number_bytes();
         }
         char* out = reinterpret_cast<char*>(normed.data());
         for (size_t i = 0; i < step.count; i++, out += row_bytes()) {
@@ -104,14 +105,14 @@ struct StackObject {
 };
 
 PyObject* stack_call(PyObject* self, PyObject* const* args, size_t nargs, PyObject*) {
-    // See attention_of; pool, floats between the pools of layers, then Step, and threads.
+    // See attention_of; pool, numbers between the pools of layers, then Step, and threads.
     size_t shared[13], a[8];
     if (PyVectorcall_NARGS(nargs) != 21) return PyErr_Format(PyExc_TypeError, "21 arguments expected");
     if (!read_all(args, 13, shared) || !read_all(args + 13, 8, a)) return nullptr;
     const Stack& stack = *reinterpret_cast<StackObject*>(self)->stack;
     outrider::Attention job = outrider::attention_of(shared);
     if (!stack.fits(job)) return PyErr_Format(PyExc_ValueError, "heads that are not those of the layers");
-    job.pool = reinterpret_cast<float*>(a[0]);
+    job.pool = reinterpret_cast<void*>(a[0]);
     const Step step{reinterpret_cast<const int64_t*>(a[2]), reinterpret_cast<const int64_t*>(a[3]), a[4], a[5],
                     reinterpret_cast<void*>(a[6])};
     if (!stack.knows(step.tokens, job.rows)) return PyErr_Format(PyExc_IndexError, "a token that has no embedding");

@@ -1,12 +1,12 @@
 // LANES floats at a time. Included once per instruction set, within a namespace of its own and after the
-// types, `splat`, `fma` and `sums` were defined there; what is here is compiled for that instruction set.
+// types, `splat`, `in_register`, `widen`, `narrow`, `fma` and `transpose` were defined there; what is here is compiled for that instruction set.
 
 INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 
 INLINE Vec load(const uint16_t* from) {
     Halves halves;
     std::memcpy(&halves, from, sizeof halves);
-    return (Vec)(__builtin_convertvector(halves, Ints) << 16);
+    return (Vec)(widen(halves) << 16);
 }
 
 INLINE void store(Vec value, float* to) { *reinterpret_cast<Vec*>(to) = value; }
@@ -16,7 +16,7 @@ INLINE void store(Vec value, uint16_t* to) {  // see to_bfloat16
     Ints rounded = bits + 0x7fff + ((bits >> 16) & 1);
     Ints is_nan = value != value;
     rounded = (rounded & ~is_nan) | ((Ints{} + 0x7fc00000) & is_nan);
-    Halves halves = __builtin_convertvector((rounded >> 16) & 0xffff, Halves);
+    Halves halves = narrow((rounded >> 16) & 0xffff);
     std::memcpy(to, &halves, sizeof halves);
 }
 

@@ -63,7 +63,8 @@ void check_attention(const Path& path, size_t H, size_t G, size_t D, bool normed
     const std::vector<int64_t> lengths{1, 3, 4, 5, 17, 24, 20, 24, 24}, firsts{0, 2, 0, 4, 7, 24, 0, 0, 0};
     const size_t rows = lengths.size();
     auto projected = random<T>(rows * (H + 2 * G) * D);
-    auto turns = random<float>(rows * 2 * D), norm = random<float>((H + G) * D), pool = random<float>(slots * 2 * G * D);
+    auto turns = random<float>(rows * 2 * D), norm = random<float>((H + G) * D);
+    auto pool = random<T>(slots * 2 * G * D);
     std::vector<int64_t> table{5, 1, 4, 2, 3, 6}, starts(rows, 0), nodes, node_starts{0}, own;
     for (size_t row = 0; row < rows; row++) {
         for (int64_t node : {40 + static_cast<int64_t>(row), 52 + static_cast<int64_t>(row)}) nodes.push_back(node);
@@ -101,14 +102,14 @@ void check_attention(const Path& path, size_t H, size_t G, size_t D, bool normed
             double most = -1e30, total = 0;
             for (size_t j = 0; j < a.length(row); j++) {
                 double score = 0;
-                for (size_t i = 0; i < D; i++) score += query[i] * key(j)[i];
+                for (size_t i = 0; i < D; i++) score += query[i] * widen(key(j)[i]);
                 scores.push_back(score);
                 most = std::max(most, score);
             }
             for (size_t j = 0; j < scores.size(); j++) {
                 double weight = std::exp(scores[j] - most);
                 total += weight;
-                for (size_t i = 0; i < D; i++) mixed[i] += weight * key(j)[G * D + i];
+                for (size_t i = 0; i < D; i++) mixed[i] += weight * widen(key(j)[G * D + i]);
             }
             for (size_t i = 0; i < D; i++)
                 expect("attention", widen(out[(row * H + h) * D + i]), mixed[i] / total, sizeof(T) == 2 ? 5e-3 : 2e-4);

@@ -123,7 +123,7 @@ class Attended:
             node_starts=np.cumsum([0, *map(len, paths)]),
         )
         self.slots = torch.tensor(slots)
-        self.pool = random(NUM_BLOCKS * BLOCK, 2, G, D)
+        self.pool = random(NUM_BLOCKS * BLOCK, 2, G, D, dtype=dtype)
         rows = len(slots)
         self.heads = random(rows, (H + 2 * G) * D, dtype=dtype, seed=1)
         self.turns = torch.polar(
@@ -161,8 +161,8 @@ class Attended:
             node_starts=np.cumsum([0, *map(len, paths)]),
         )
 
-    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same in float64."""
+    def exact(self, filled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the rows attend of the keys and values in ``filled``, and what should be in it, in float64."""
         H, G, D = self.shape
         rows = len(self.slots)
         heads = self.heads.double().view(rows, H + 2 * G, D)
@@ -176,7 +176,7 @@ class Attended:
         pool = self.pool.double()
         pool[self.slots] = torch.cat((turned[:, H:], heads[:, H + G :]), 1).view(rows, 2, G, D)
         q = turned[:, :H].reshape(rows, G, H // G, D)
-        return path_attention_reference(q, pool, self.keys, BLOCK).reshape(rows, H * D), pool
+        return path_attention_reference(q, filled, self.keys, BLOCK).reshape(rows, H * D), pool
 
 
 SHAPES = [(4, 4, 8), (6, 2, 20), (3, 1, 64), (8, 2, 66), (5, 1, 2), (7, 1, 128)]
@@ -187,15 +187,21 @@ SHAPES = [(4, 4, 8), (6, 2, 20), (3, 1, 64), (8, 2, 66), (5, 1, 2), (7, 1, 128)]
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_attention(dtype: torch.dtype, shape: tuple[int, int, int], qk_norm: bool) -> None:
     attended = Attended(shape, dtype, qk_norm=qk_norm)
-    (got, pool), (want, want_pool) = attended.run(), attended.exact()
-    torch.testing.assert_close(pool.double(), want_pool, rtol=1e-5, atol=1e-5)
+    got, pool = attended.run()
+    want, want_pool = attended.exact(pool)
+    assert pool.dtype is dtype
+    rounding = 0.51 * torch.finfo(dtype).eps if dtype is torch.bfloat16 else 0
+    torch.testing.assert_close(pool.double(), want_pool, rtol=rounding + 1e-5, atol=1e-5)
     torch.testing.assert_close(got.double(), want, rtol=0.51 * torch.finfo(dtype).eps, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_rows_bits_do_not_depend_on_its_company(shape: tuple[int, int, int], threads: int) -> None:
-    attended = Attended(shape, torch.float32, qk_norm=True)
+def test_a_rows_bits_do_not_depend_on_its_company(
+    dtype: torch.dtype, shape: tuple[int, int, int], threads: int
+) -> None:
+    attended = Attended(shape, dtype, qk_norm=True)
     torch.set_num_threads(threads)
     together, attended.pool = attended.run()
     for row in range(len(attended.slots)):
