@@ -27,6 +27,7 @@ from common import conditions, finish
 from outrider.actors.model_runner import ModelRunner
 from outrider.actors.runner import TreeQuery
 from outrider.cluster.bench.machine import measured_limits, seconds_of
+from outrider.kernels.linear import Linear
 from outrider.kernels.native import library
 from outrider.models.batch import text_rows, tree_rows
 from outrider.models.block_pool import blocks_for
@@ -88,19 +89,30 @@ class LinearLoops:
         self._weights = [torch.randn(linear.shape).to(torch.bfloat16) for linear in model.linears]
 
     def ways(self, rows: int) -> tuple[Way, Way]:
-        inputs = {
-            ins: torch.randn(rows, ins).to(torch.bfloat16) for _, ins in (w.shape for w in self._weights)
-        }
+        shapes = [weight.shape for weight in self._weights]
+        inputs = {ins: torch.randn(rows, ins).to(torch.bfloat16) for _, ins in shapes}
+        outputs = {outs: torch.empty(rows, outs, dtype=torch.bfloat16) for outs, _ in shapes}
+        calls = [_call(linear, inputs, outputs) for linear in self._ours]
 
         def plain() -> None:
             for weight in self._weights:
                 F.linear(inputs[weight.shape[1]], weight)
 
         def ours() -> None:
-            for linear in self._ours:
-                linear(inputs[linear.shape[1]])
+            for call in calls:
+                call()
 
         return plain, ours
+
+
+def _call(linear: Linear, inputs: dict[int, torch.Tensor], outputs: dict[int, torch.Tensor]) -> Way:
+    """With as little of Python as a step has, which calls the native kernel from C++."""
+    outs, ins = linear.shape
+    x, y = inputs[ins], outputs[outs]
+    native = linear.native
+    if native is None:
+        return partial(linear, x)
+    return lambda: native(x.data_ptr(), y.data_ptr(), len(x), 1)
 
 
 @torch.inference_mode()

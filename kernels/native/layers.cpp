@@ -17,7 +17,7 @@
 
 namespace outrider {
 
-constexpr size_t THREAD_PRODUCTS = 1u << 18;  // that are worth waking a thread for
+constexpr size_t THREAD_PRODUCTS = 1u << 17;  // that are worth waking a thread for
 constexpr size_t ROWS = 16;                   // that go through keys together
 constexpr size_t KEYS = 64;                   // of a block that all of them go through before the next
 
