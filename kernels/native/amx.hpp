@@ -1,12 +1,6 @@
 // AMX: up to 32 rows against 32 outputs and 32 inputs at once. Included by linear.cpp.
 
-#define AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,popcnt")))
-
-struct alignas(64) TileConfig {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-};
+#define AMX __attribute__((target(AMX_AND)))
 
 // Steps as they lie in memory.
 class PlainSteps {

@@ -88,16 +88,22 @@ INLINE void score_all(const float* turned, size_t count, const float* queries, s
     for (; k < count; k += LANES) score<QUERIES, 1>(turned + k, queries, columns, D, into + k, apart);
 }
 
-// From scores to weights that are yet to be divided by what is returned; `count` is a multiple of LANES.
-INLINE float weigh(float* scores, size_t count) {
-    Vec most = splat(-INFINITY), total = {};
+// The largest of scores; `count` is a multiple of LANES.
+INLINE float largest(const float* scores, size_t count) {
+    Vec most = splat(-INFINITY);
     for (size_t j = 0; j < count; j += LANES) {
         Vec value = load(scores + j);
         most = either(value > most, value, most);
     }
     float each[LANES];
     store(most, each);
-    const float top = *std::max_element(each, each + LANES);
+    return *std::max_element(each, each + LANES);
+}
+
+// From scores to weights that are yet to be divided by what is returned; `count` is a multiple of LANES.
+INLINE float weigh(float* scores, size_t count) {
+    const float top = largest(scores, count);
+    Vec total = {};
     for (size_t j = 0; j < count; j += LANES) {
         Vec weight = exponential(load(scores + j) - top);
         total += weight;

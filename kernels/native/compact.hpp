@@ -72,11 +72,6 @@ inline void encode_tile(const uint16_t* tile, const Exponents& exponents, uint8_
 #if OUTRIDER_X86
 #define VBMI2 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,popcnt")))
 
-inline bool has_vbmi2() {
-    return has_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-           __builtin_cpu_supports("popcnt");
-}
-
 // Writes a tile in the plain layout; `ahead` lies so many bytes behind `tile` that memory has the time to answer.
 INLINE VBMI2 void decode_tile(const uint8_t* tile, size_t ahead, const uint8_t* exponent_of_code,
                               const uint8_t*& escapes, uint16_t* into) {

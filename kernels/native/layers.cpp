@@ -14,6 +14,7 @@
 #include "attention_job.hpp"
 #include "numbers.hpp"
 #include "openmp.hpp"
+#include "tiles.hpp"
 
 namespace outrider {
 
@@ -36,14 +37,15 @@ struct InLines {
     bool operator!=(const InLines&) const { return false; }
 };
 
-using Floats = std::vector<float, InLines<float>>;
+template <class T>
+using Lines = std::vector<T, InLines<T>>;
 
 // T: of keys and values.
 template <class T>
 struct Buffers {
     std::vector<const T*> keys;
     std::vector<const float*> each_query;
-    Floats queries, turned, scores, sums, totals, values;
+    Lines<float> queries, turned, scores, sums, totals, values;
 };
 
 // Vectors of so many floats, for the kernels of one instruction set.
@@ -199,6 +201,27 @@ INLINE void transpose(Vec* tile) {
 #else
 #pragma GCC pop_options
 #endif
+
+#if OUTRIDER_AMX
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
+#endif
+namespace amx {
+
+using namespace avx512;
+
+#include "attention_amx.hpp"
+
+}  // namespace amx
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
 #endif
 
 // The kernels of one instruction set, for one type.
@@ -227,6 +250,10 @@ struct Path {
 
 #define OF(set, T) {set::rms_norm<T>, set::silu_mul<T>, set::place<T>, set::attend<T>}
 static const Path PATHS[] = {
+#if OUTRIDER_AMX
+    {"amx", has_amx, {avx512::rms_norm<uint16_t>, avx512::silu_mul<uint16_t>, avx512::place<uint16_t>, amx::attend},
+     OF(avx512, float)},
+#endif
 #if OUTRIDER_X86
     {"avx512", has_avx512, OF(avx512, uint16_t), OF(avx512, float)},
     {"avx2", has_avx2, OF(avx2, uint16_t), OF(avx2, float)},

@@ -16,15 +16,11 @@
 
 #include "numbers.hpp"
 #include "openmp.hpp"
+#include "tiles.hpp"
 #include "weights.hpp"
 
 #if OUTRIDER_X86
 #include <cpuid.h>
-#if defined(__linux__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
-#include <sys/syscall.h>
-#include <unistd.h>
-#define OUTRIDER_AMX 1
-#endif
 #endif
 
 namespace outrider {
@@ -376,16 +372,6 @@ static bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("a
 static bool has_avx512_bf16() {  // with VNNI on every processor
     unsigned a = 0, b = 0, c = 0, d = 0;
     return has_avx512_vnni() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
-}
-#endif
-
-#if OUTRIDER_AMX
-static bool has_amx() {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!has_avx512_vnni() || !has_vbmi2() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    if (!(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // AMX-BF16 and AMX-TILE
-    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // Linux lends tiles on demand only
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 #endif
 

@@ -78,6 +78,7 @@ void check_attention(const Path& path, size_t H, size_t G, size_t D, bool normed
     a.slots = own.data(), a.pool = pool.data(), a.tables = table.data(), a.table_starts = starts.data();
     a.first = firsts.data(), a.seen = lengths.data(), a.nodes = nodes.data(), a.node_starts = node_starts.data(), a.out = out.data();
     attention<T>(path, a, 2);
+    const bool by_tiles = sizeof(T) == 2 && !std::strcmp(path.name, "amx") && D % 32 == 0;
     for (size_t row = 0; row < rows; row++)
         for (size_t h = 0; h < H; h++) {
             std::vector<double> query(D), scores, mixed(D);
@@ -92,6 +93,8 @@ void check_attention(const Path& path, size_t H, size_t G, size_t D, bool normed
                 query[i + 1] = query[i] * turn[1] + query[i + 1] * turn[0];
                 query[i] = real;
             }
+            if (by_tiles)
+                for (double& number : query) number = to_float(to_bfloat16(static_cast<float>(number)));
             auto key = [&](size_t j) {
                 size_t first = static_cast<size_t>(firsts[row]), seen = static_cast<size_t>(lengths[row]) - first;
                 size_t p = first + j;
@@ -112,7 +115,8 @@ void check_attention(const Path& path, size_t H, size_t G, size_t D, bool normed
                 for (size_t i = 0; i < D; i++) mixed[i] += weight * widen(key(j)[G * D + i]);
             }
             for (size_t i = 0; i < D; i++)
-                expect("attention", widen(out[(row * H + h) * D + i]), mixed[i] / total, sizeof(T) == 2 ? 5e-3 : 2e-4);
+                expect("attention", widen(out[(row * H + h) * D + i]), mixed[i] / total,
+                       by_tiles ? 1e-2 : sizeof(T) == 2 ? 5e-3 : 2e-4);
         }
 }
 

@@ -109,7 +109,7 @@ VBMI2 void check_compact() {
 
 int main() {
 #if OUTRIDER_AMX
-    if (has_vbmi2()) check_compact();
+    if (has_amx()) check_compact();
 #endif
     const size_t shapes[][2] = {{1, 1}, {1, 129}, {33, 7}, {31, 33}, {32, 32}, {64, 95}, {80, 64}};
     const size_t rows[] = {1, 2, 3, 5, 12, 13, 16, 17, 31, 32, 33, 47, 64, 65};

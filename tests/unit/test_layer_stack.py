@@ -189,9 +189,9 @@ def test_what_does_not_fit_is_refused() -> None:
     for unknown in (-1, VOCAB):
         with pytest.raises(IndexError, match="a token that has no embedding"):
             stack(tokens + unknown, first, attention(), pool)
-    with pytest.raises(ValueError, match="a pool of 1 torch.float32 layers for 2 torch.float32"):
+    with pytest.raises(ValueError, match=r"a pool of 1 torch\.float32 layers for 2 of torch\.float32"):
         stack(tokens, first, attention(), pool[:1])
-    with pytest.raises(ValueError, match="a pool of 2 torch.bfloat16 layers for 2"):
+    with pytest.raises(ValueError, match=r"a pool of 2 torch\.bfloat16 layers for 2"):
         stack(tokens, first, attention(), pool.bfloat16())
     with pytest.raises(ValueError, match="heads that are not those of the layers"):
         stack(tokens, first, attention(heads=5), pool)

@@ -131,6 +131,12 @@ class Attended:
         ).contiguous()
         self.norm = random(H + G, D, seed=3) if qk_norm else None
 
+    @property
+    def by_tiles(self) -> bool:
+        """Whether products are AMX's, of queries and weights that are rounded to bfloat16."""
+        assert NATIVE is not None
+        return NATIVE.selected() == "amx" and self.heads.dtype is torch.bfloat16 and self.shape[2] % 32 == 0
+
     def run(self, rows: Any = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         """What the rows attend, computed together, and the pool afterwards."""
         H, _, D = self.shape
@@ -176,6 +182,8 @@ class Attended:
         pool = self.pool.double()
         pool[self.slots] = torch.cat((turned[:, H:], heads[:, H + G :]), 1).view(rows, 2, G, D)
         q = turned[:, :H].reshape(rows, G, H // G, D)
+        if self.by_tiles:
+            q = q.to(torch.bfloat16).double()
         return path_attention_reference(q, filled, self.keys, BLOCK).reshape(rows, H * D), pool
 
 
@@ -192,7 +200,8 @@ def test_attention(dtype: torch.dtype, shape: tuple[int, int, int], qk_norm: boo
     assert pool.dtype is dtype
     rounding = 0.51 * torch.finfo(dtype).eps if dtype is torch.bfloat16 else 0
     torch.testing.assert_close(pool.double(), want_pool, rtol=rounding + 1e-5, atol=1e-5)
-    torch.testing.assert_close(got.double(), want, rtol=0.51 * torch.finfo(dtype).eps, atol=2e-5)
+    of_weights = 2**-8 if attended.by_tiles else 0
+    torch.testing.assert_close(got.double(), want, rtol=0.51 * torch.finfo(dtype).eps, atol=2e-5 + of_weights)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -214,8 +223,10 @@ def test_a_rows_bits_do_not_depend_on_its_company(
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_a_number_shows(value: float) -> None:
-    attended = Attended((6, 2, 20), torch.float32, qk_norm=False)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [20, 64])
+def test_what_is_not_a_number_shows(value: float, dtype: torch.dtype, dim: int) -> None:
+    attended = Attended((6, 2, dim), dtype, qk_norm=False)
     # Of the last text; the first component of a query is not 0.
     slot = int(attended.keys.tables[-38]) * BLOCK
     attended.pool[slot, 0, :, 0] = value
