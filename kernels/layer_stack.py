@@ -93,9 +93,8 @@ class LayerStack:
         if tokens.dtype is not torch.int64 or tokens.shape != (attention.rows,):
             raise ValueError(f"{tokens.dtype} {tuple(tokens.shape)} for {attention.rows} rows")
         if len(pool) != len(self._layers) or pool.dtype is not self._dtype:
-            raise ValueError(
-                f"a pool of {len(pool)} {pool.dtype} layers for {len(self._layers)} {self._dtype}"
-            )
+            given = f"{len(pool)} {pool.dtype} layers"
+            raise ValueError(f"a pool of {given} for {len(self._layers)} of {self._dtype}")
         if isinstance(wanted, slice):
             rows, first, count = 0, wanted.start, wanted.stop - wanted.start
         else:
