@@ -60,7 +60,7 @@ INLINE AMX void read_sums(float* sums) {
 
 // Rows [row, row + rows) go through groups [first, last), whose steps follow one another.
 template <bool MORE_ROWS, class Steps>
-AMX static void amx_pass(const Job& job, Steps steps, size_t first, size_t last, size_t row, size_t rows) {
+AMX static void amx_pass(const Job& job, Steps& steps, size_t first, size_t last, size_t row, size_t rows) {
     const uint16_t* x = static_cast<const uint16_t*>(job.x) + row * job.stride;
     const size_t of_group = job.weights->padded / STEP, all = (last - first) * of_group;
     alignas(64) float sums[32 * WIDTH];
@@ -79,7 +79,7 @@ AMX static void amx_pass(const Job& job, Steps steps, size_t first, size_t last,
 }
 
 template <class Steps>
-static void amx_pass(const Job& job, const Steps& steps, size_t first, size_t last, size_t row, size_t rows) {
+static void amx_pass(const Job& job, Steps&& steps, size_t first, size_t last, size_t row, size_t rows) {
     if (rows > 16)
         amx_pass<true>(job, steps, first, last, row, rows);
     else
