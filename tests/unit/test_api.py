@@ -82,14 +82,14 @@ def test_a_completion_is_the_engine_s(llm: LLM) -> None:
     assert plain["choices"] == whole["choices"]
     assert plain["metrics"]["speculative_decoding"]["num_spec_steps"] == 0
     assert whole["seed"] == 3
-    for index, text in enumerate(texts):
+    for index, output in enumerate(expected.outputs):
         mine = [
             event["choices"][0]
             for event in events
             if event["choices"] and event["choices"][0]["index"] == index
         ]
-        assert "".join(choice["text"] for choice in mine) == text
-        assert [choice["finish_reason"] for choice in mine][-1] == "length"
+        assert "".join(choice["text"] for choice in mine) == output.text
+        assert [choice["finish_reason"] for choice in mine][-1] == output.finish_reason
     assert events[-1]["usage"] == {
         **whole["usage"],
         "prompt_tokens_details": events[-1]["usage"]["prompt_tokens_details"],
