@@ -37,6 +37,7 @@ setup(
             "compact.hpp",
             "weights.hpp",
             "compact_steps.hpp",
+            "blocks.hpp",
             "int8.hpp",
             "amx.hpp",
             "selecting.hpp",

@@ -188,6 +188,13 @@ def test_help_and_version(outrider_: Run) -> None:
     assert "-sc " in out
 
 
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "outrider", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, f"outrider {outrider.__version__}\n")
+
+
 def test_help_does_not_wait_for_torch() -> None:
     check = (
         "import sys; from outrider.cluster.cli.main import main; assert main(['generate', '--help']) == 0; "
