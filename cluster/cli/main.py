@@ -6,7 +6,9 @@ Ctrl-C may come at any moment, so all that takes time to import is imported in t
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
+from types import FrameType
 
 from outrider.speculation.errors import (
     InvalidConfigError,
@@ -22,6 +24,9 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 """The last two are what a shell reports for a program that SIGINT or SIGPIPE ended."""
 
+IMPORT_PATIENCE = 0.05
+"""Seconds from an interruption that came too early to the next look."""
+
 USAGE_ERRORS = (InvalidConfigError, InvalidRequestError, ModelNotFoundError, VocabularyMismatchError)
 """Errors that another command line mends."""
 
@@ -31,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     # gRPC notes on standard error whatever ends a connection; what matters of it is told in our words.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         return _guarded(words)
     except KeyboardInterrupt:
@@ -41,6 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv is None:
             # A second Ctrl-C, while the interpreter shuts down, would end in a traceback.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C; a moment later where PyTorch is being imported, whose C++ aborts when an exception comes."""
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        threading.Timer(IMPORT_PATIENCE, os.kill, (os.getpid(), number)).start()
+    else:
+        signal.default_int_handler(number, frame)
 
 
 def _guarded(words: list[str]) -> int:

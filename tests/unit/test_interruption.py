@@ -2,10 +2,13 @@
 
 import os
 import signal
+import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
+from outrider.cluster.cli import main
 from outrider.cluster.interruption import uninterrupted
 
 
@@ -28,6 +31,17 @@ def test_it_waits_for_the_end(times: int) -> None:
     assert done
     with pytest.raises(KeyboardInterrupt):
         interrupt()
+
+
+def test_it_waits_for_torch_to_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SimpleNamespace(_initializing=True)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__spec__=spec))
+    main._interrupt(signal.SIGINT, None)
+    spec._initializing = False
+    with pytest.raises(KeyboardInterrupt):
+        threading.Event().wait(30)
+    with pytest.raises(KeyboardInterrupt):
+        main._interrupt(signal.SIGINT, None)
 
 
 def test_the_third_one_goes_through() -> None:
