@@ -163,24 +163,35 @@ INLINE void mix_heads(const Values& values, const float* weights, size_t stride,
     }
 }
 
+// What rows attend with the query heads of key head g: sums, `apart` floats apart, divided by `totals`, [rows][of a
+// key head's query heads].
+template <class T>
+INLINE void divide(const Attention& a, size_t first, size_t rows, size_t g, const float* sums, size_t apart,
+                   const float* totals) {
+    const size_t Q = a.heads / a.kv_heads, D = a.dim;
+    for (size_t r = 0; r < rows; r++) {
+        T* out = static_cast<T*>(a.out) + ((first + r) * a.heads + g * Q) * D;
+        for (size_t q = 0; q < Q; q++, out += D, sums += apart) {
+            const float share = 1.0f / *totals++;
+            for (size_t i = 0; i < D; i += LANES) store(load(sums + i) * share, out + i, D - i);
+        }
+    }
+}
+
 // The rows [first, last) of one text, for the query heads that share key head g.
 template <class T>
 struct Together {
     const Attention& a;
     size_t first, rows, g;
     size_t Q, D, apart;    // query heads; floats of a head, and between the sums of two
-    size_t shared, width;  // keys that all rows have; floats between the scores of two queries
-    size_t own_width;      // between what two rows have of their own
+    size_t shared;         // keys that all rows have
+    size_t own_width;      // keys between those that two rows have of their own
+    size_t width;          // floats between the scores of two queries
     Buffers<T>& buffers;
 
     Together(const Attention& a, const float* queries, size_t first, size_t last, size_t g, Buffers<T>& buffers)
         : a(a), first(first), rows(last - first), g(g), Q(a.heads / a.kv_heads), D(a.dim), apart(whole(D)),
-          shared(a.length(first)), width(0), buffers(buffers) {
-        for (size_t row = first; row < last; row++) {
-            shared = std::min(shared, static_cast<size_t>(a.seen[row] - a.first[row]));
-            width = std::max(width, a.length(row));
-        }
-        own_width = whole(width - shared);
+          shared(a.shared(first, last)), own_width(whole(a.longest(first, last) - shared)), buffers(buffers) {
         width = whole(shared) + own_width + LANES;  // vectors that begin anywhere fit in
         buffers.keys.resize(whole(shared) + rows * own_width);
         buffers.scores.resize(rows * Q * width);
@@ -289,24 +300,15 @@ struct Together {
         }
     }
 
-    void write(const float* totals) const {
-        const float* mixed = buffers.sums.data();
-        for (size_t r = 0; r < rows; r++) {
-            T* out = static_cast<T*>(a.out) + ((first + r) * a.heads + g * Q) * D;
-            for (size_t q = 0; q < Q; q++, out += D, mixed += apart) {
-                const float share = 1.0f / *totals++;
-                for (size_t i = 0; i < D; i += LANES) store(load(mixed + i) * share, out + i, D - i);
-            }
-        }
-    }
+    void write(const float* totals) const { divide<T>(a, first, rows, g, buffers.sums.data(), apart, totals); }
 };
 
-// Rows [first, last), of one text or several.
-template <class T>
-static void attend(const Attention& a, const float* queries, size_t first, size_t last, size_t g, Buffers<T>& buffers) {
+// Rows [first, last), of one text or several, a text's rows together, by Rows with what it works in.
+template <class Rows, class Working>
+static void attend_together(const Attention& a, const float* queries, size_t first, size_t last, size_t g, Working& buffers) {
     while (first < last) {
         const size_t end = a.end_of_run(first, std::min(last, first + ROWS));
-        const Together<T> rows(a, queries, first, end, g, buffers);
+        const Rows rows(a, queries, first, end, g, buffers);
         buffers.totals.resize(rows.rows * rows.Q);
         rows.score();
         rows.weigh_keys(buffers.totals.data());
@@ -314,4 +316,9 @@ static void attend(const Attention& a, const float* queries, size_t first, size_
         rows.write(buffers.totals.data());
         first = end;
     }
+}
+
+template <class T>
+static void attend(const Attention& a, const float* queries, size_t first, size_t last, size_t g, Buffers<T>& buffers) {
+    attend_together<Together<T>>(a, queries, first, last, g, buffers);
 }

@@ -146,14 +146,10 @@ struct ByTiles {
     TileBuffers& buffers;
 
     ByTiles(const Attention& a, const float* queries, size_t first, size_t last, size_t g, TileBuffers& buffers)
-        : a(a), first(first), rows(last - first), g(g), Q(a.heads / a.kv_heads), D(a.dim), shared(a.length(first)),
-          width(0), buffers(buffers) {
-        for (size_t row = first; row < last; row++) {
-            shared = std::min(shared, static_cast<size_t>(a.seen[row] - a.first[row]));
-            width = std::max(width, a.length(row));
-        }
-        stepped = shared / SUMMED * SUMMED;
-        width = up_to(SUMMED, width) + SUMMED;  // tiles that begin anywhere fit in
+        : a(a), first(first), rows(last - first), g(g), Q(a.heads / a.kv_heads), D(a.dim),
+          shared(a.shared(first, last)), stepped(shared / SUMMED * SUMMED),
+          width(up_to(SUMMED, a.longest(first, last)) + SUMMED),  // tiles that begin anywhere fit in
+          buffers(buffers) {
         const size_t all = up_to(STRIP, rows * Q);
         buffers.keys.resize(up_to(SUMMED, shared));
         buffers.scores.resize(all * width);
@@ -248,33 +244,15 @@ struct ByTiles {
         multiply<true>(product, D);
     }
 
-    void write(const float* totals) const {
-        const float* mixed = buffers.sums.data();
-        for (size_t r = 0; r < rows; r++) {
-            uint16_t* out = static_cast<uint16_t*>(a.out) + ((first + r) * a.heads + g * Q) * D;
-            for (size_t q = 0; q < Q; q++, out += D, mixed += D) {
-                const float share = 1.0f / *totals++;
-                for (size_t i = 0; i < D; i += LANES) store(load(mixed + i) * share, out + i);
-            }
-        }
-    }
+    void write(const float* totals) const { divide<uint16_t>(a, first, rows, g, buffers.sums.data(), D, totals); }
 };
 
-// Rows [first, last), of one text or several. Heads that do not fill tiles go the other way.
+// Heads that do not fill tiles go the other way.
 static void attend(const Attention& a, const float* queries, size_t first, size_t last, size_t g,
                    Buffers<uint16_t>& others) {
     if (a.dim % SUMMED || a.heads / a.kv_heads > STRIP)
         return avx512::attend<uint16_t>(a, queries, first, last, g, others);
     static thread_local TileBuffers buffers;
-    while (first < last) {
-        const size_t end = a.end_of_run(first, std::min(last, first + ROWS));
-        const ByTiles rows(a, queries, first, end, g, buffers);
-        buffers.totals.resize(rows.rows * rows.Q);
-        rows.score();
-        rows.weigh_keys(buffers.totals.data());
-        rows.add_values();
-        rows.write(buffers.totals.data());
-        first = end;
-    }
+    attend_together<ByTiles>(a, queries, first, last, g, buffers);
     _tile_release();
 }

@@ -31,6 +31,18 @@ struct Attention {
         return static_cast<size_t>(seen[row] - first[row] + node_starts[row + 1] - node_starts[row]);
     }
 
+    // Keys of the committed text that all of these rows of one text have, and the most keys that one has.
+    size_t shared(size_t begin, size_t end) const {
+        size_t least = static_cast<size_t>(seen[begin] - first[begin]);
+        for (size_t row = begin; row < end; row++) least = std::min(least, static_cast<size_t>(seen[row] - first[row]));
+        return least;
+    }
+    size_t longest(size_t begin, size_t end) const {
+        size_t most = 0;
+        for (size_t row = begin; row < end; row++) most = std::max(most, length(row));
+        return most;
+    }
+
     // Behind the last of the rows from this one on that attend the same text from the same position, at most `stop`.
     size_t end_of_run(size_t row, size_t stop) const {
         size_t end = row + 1;
