@@ -39,6 +39,7 @@ setup(
             "compact_steps.hpp",
             "blocks.hpp",
             "int8.hpp",
+            "int8_whole.hpp",
             "amx.hpp",
             "selecting.hpp",
             "attention_job.hpp",

@@ -35,7 +35,7 @@ struct Job {
     size_t stride;
     void* y;
     size_t rows;
-    const float *row_scales = nullptr, *floats = nullptr;  // see int8.hpp
+    const float *row_scales = nullptr, *floats = nullptr;  // see int8_whole.hpp
 };
 
 using Kernel = void (*)(const Job&, size_t first, size_t last);  // groups [first, last)
@@ -147,6 +147,7 @@ constexpr size_t RIGHT = sizeof(T) == 2 ? TILE : 16;
 
 #include "blocks.hpp"
 #include "int8.hpp"
+#include "int8_whole.hpp"
 
 #if OUTRIDER_AMX
 #include "compact_steps.hpp"
@@ -160,7 +161,8 @@ struct Path {
     bool (*usable)();
     Kernel bfloat16, float32;
     bool widens;  // the bfloat16 kernel wants x in float32
-    Kernel int8_bfloat16, int8_float32;  // weights of eight bits, and the type of rows; x in float32 but for VNNI
+    Kernel int8_bfloat16, int8_float32;  // weights of eight bits, and the type of rows; x in float32
+    WholeRowsOf whole = nullptr;         // what int8_bfloat16 wants in place of x in float32
     bool reads_compact = false;          // bfloat16 weights
 
     Kernel kernel(const Weights& w) const {
@@ -180,16 +182,17 @@ static bool has_avx512_bf16() {  // with VNNI on every processor
 
 #define KERNEL(blocks) by_blocks<sizeof(blocks) / sizeof(Block), blocks>
 #define BOTH(blocks) KERNEL(blocks<uint16_t>), KERNEL(blocks<float>)
+#define WHOLE(blocks, floats) by_whole_rows<sizeof(blocks) / sizeof(Block), blocks, floats<uint16_t, 1>>
+#define BY_BYTES WHOLE(BY_VNNI, avx512_int8_block), KERNEL(INT8_BY_AVX512<float>), to_bytes
 static const Path PATHS[] = {
 #if OUTRIDER_AMX
-    {"amx", has_amx, by_amx, KERNEL(BY_AVX512<float>), false, int8_by_vnni, KERNEL(INT8_BY_AVX512<float>), true},
+    {"amx", has_amx, by_amx, KERNEL(BY_AVX512<float>), false, BY_BYTES, true},
 #endif
 #if OUTRIDER_X86
-    {"avx512_bf16", has_avx512_bf16, KERNEL(BY_BF16), KERNEL(BY_AVX512<float>), false, int8_by_vnni,
-     KERNEL(INT8_BY_AVX512<float>)},
-    {"avx512_vnni", has_avx512_vnni, BOTH(BY_AVX512), true, int8_by_vnni, KERNEL(INT8_BY_AVX512<float>)},
+    {"avx512_bf16", has_avx512_bf16, KERNEL(BY_BF16), KERNEL(BY_AVX512<float>), false, BY_BYTES},
+    {"avx512_vnni", has_avx512_vnni, BOTH(BY_AVX512), true, BY_BYTES},
     {"avx512", has_avx512, BOTH(BY_AVX512), true, BOTH(INT8_BY_AVX512)},
-    {"avx2", has_avx2, BOTH(BY_AVX2), true, BOTH(INT8_BY_AVX2)},
+    {"avx2", has_avx2, BOTH(BY_AVX2), true, WHOLE(BY_PAIRS, avx2_int8_block), KERNEL(INT8_BY_AVX2<float>), to_pairs},
 #endif
     {"portable", always, BOTH(PORTABLE), true, BOTH(PORTABLE_INT8)},
 };
@@ -230,15 +233,12 @@ struct Linear : Weights {
         const Kernel kernel = path.kernel(w);
         static thread_local std::vector<float> floats;
         static thread_local std::vector<uint16_t> halves;
-#if OUTRIDER_X86
-        static thread_local Bytes bytes;
-        if (kernel == int8_by_vnni) {
-            to_bytes(w, static_cast<const uint16_t*>(x), rows, bytes);
-            job.x = bytes.bytes.data(), job.stride = 2 * w.padded;
-            job.row_scales = bytes.scales.data(), job.floats = bytes.floats.data();
-        } else
-#endif
-        if (w.kind == Kind::bfloat16 && (path.widens || w.eight_bits()))
+        static thread_local WholeRows whole;
+        if (kernel == path.int8_bfloat16 && path.whole) {
+            path.whole(w, static_cast<const uint16_t*>(x), rows, whole);
+            job.x = whole.bytes.data(), job.stride = 2 * w.padded;
+            job.row_scales = whole.scales.data(), job.floats = whole.floats.data();
+        } else if (w.kind == Kind::bfloat16 && (path.widens || w.eight_bits()))
             lay_out(static_cast<const uint16_t*>(x), rows, job, floats);
         else if (w.kind == Kind::bfloat16 && w.ins != w.padded)
             lay_out(static_cast<const uint16_t*>(x), rows, job, halves);

@@ -124,6 +124,14 @@ def test_rows_of_any_size_are_computed() -> None:
     torch.testing.assert_close(Int8Linear(weight, bias)(x), want, atol=0.5, rtol=0.02)
 
 
+@on_every_path
+@pytest.mark.parametrize("inputs", [512, 516, 1536, 40_000])
+def test_the_largest_sums_that_rows_and_weights_can_have_are_right(inputs: int) -> None:
+    signs = torch.randn(3, inputs).sign().to(torch.bfloat16)
+    got = Int8Linear(signs / 8)(signs)
+    assert got.diagonal().tolist() == pytest.approx([inputs / 8] * 3, rel=2**-8)
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strange_inputs_are_taken_or_refused(dtype: torch.dtype) -> None:
