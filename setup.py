@@ -43,6 +43,8 @@ setup(
             "amx.hpp",
             "selecting.hpp",
             "attention_job.hpp",
+            "attention_arguments.hpp",
+            "reading.hpp",
             "layer_calls.hpp",
             "binding.hpp",
             "stack.hpp",
@@ -57,10 +59,13 @@ setup(
             "attention.hpp",
             "attention_amx.hpp",
             "attention_job.hpp",
+            "attention_arguments.hpp",
+            "reading.hpp",
             "layer_calls.hpp",
             "selecting.hpp",
             "layers_binding.hpp",
         ),
+        native("batching", "reading.hpp"),
         native("replication", "grafting.hpp", "reading.hpp"),
     ]
 )

@@ -288,19 +288,15 @@ class ModelDraftSession:
     def _node_rows(self, frontier: IntArray) -> Rows:
         """The frontier nodes, each seeing the committed text and its own ancestors."""
         tree, sequence = self.tree, self._sequence
-        ancestors = self._ancestors(frontier)
-        nodes, columns = np.unique(ancestors[ancestors != ROOT], return_inverse=True)
-        paths = np.zeros((len(frontier), len(nodes)), np.bool_)
-        paths[np.nonzero(ancestors != ROOT)[0], columns] = True
-        root = sequence.length - 1
         return Rows(
             tokens=tree.tokens[frontier],
-            positions=root + tree.depths[frontier],
+            positions=sequence.length - 1 + tree.depths[frontier],
             slots=self._nodes.slots[frontier],
             committed=sequence.length,
-            paths=paths,
-            node_positions=root + tree.depths[nodes],
-            node_slots=self._nodes.slots[nodes],
+            nodes=frontier,
+            node_parents=tree.parents,
+            node_depths=tree.depths,
+            node_slots=self._nodes.slots,
             table=sequence.table,
             first_logit_row=0,
         )

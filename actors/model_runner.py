@@ -97,5 +97,5 @@ def _rows(query: TreeQuery[KVSequence]) -> Rows:
     if tree is None:
         return text_rows(sequence, text, first_logit_row=len(text) - query.text_logits)
     return tree_rows(
-        sequence, text, tree.tokens, tree.depths, tree.ancestor_mask, text_logits=query.text_logits
+        sequence, text, tree.tokens, tree.parent_indices, tree.depths, text_logits=query.text_logits
     )

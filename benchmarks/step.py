@@ -76,8 +76,7 @@ class Model:
         if rows == 1:
             part = text_rows(self._text, tokens, first_logit_row=0)
         else:
-            chain = np.tril(np.ones((rows - 1, rows - 1), np.bool_))
-            part = tree_rows(self._text, tokens[:1], tokens[1:], tokens[1:], chain)
+            part = tree_rows(self._text, tokens[:1], tokens[1:], tokens[1:] - 2, tokens[1:])
         return self._runner.forward([part])
 
 

@@ -41,8 +41,8 @@ class PathKeys:
 class PathAttention:
     """One step's attention, for every layer: norms and rotates heads, writes KV, attends.
 
-    turns: complex ``[R, 2, D / 2]``, of queries (scaled by 1/sqrt(D)) and of keys.
-    slots: int64 ``[R]``, where the rows' keys and values go. shape: ``(H, G, D)``.
+    turns: complex64 ``[positions, 2, D / 2]``, of queries (scaled by 1/sqrt(D)) and of keys.
+    positions, slots: int64 ``[R]``, of the rows, and where their keys and values go. shape: ``(H, G, D)``.
     """
 
     def __init__(
@@ -51,31 +51,27 @@ class PathAttention:
         keys: PathKeys,
         *,
         turns: torch.Tensor,
+        positions: torch.Tensor,
         slots: torch.Tensor,
         shape: tuple[int, int, int],
         block: int,
     ) -> None:
         self.rows = len(keys.seen)
         # What addresses are taken of must live as long as they are used.
-        self._held = keys, turns, slots
+        self._held = turns, positions, slots
         self._native = native
         self.described = (
-            self.rows,
             *shape,
             block,
             turns.data_ptr(),
+            positions.data_ptr(),
             slots.data_ptr(),
-            *(
-                each.ctypes.data
-                for each in (
-                    keys.tables,
-                    keys.table_starts,
-                    keys.first,
-                    keys.seen,
-                    keys.nodes,
-                    keys.node_starts,
-                )
-            ),
+            keys.tables,
+            keys.table_starts,
+            keys.first,
+            keys.seen,
+            keys.nodes,
+            keys.node_starts,
         )
         """What every layer's call begins with."""
 

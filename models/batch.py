@@ -1,6 +1,6 @@
 """From rows and their paths to what a forward needs: slots, positions and attention groups.
 
-Plain numpy, once per step and never per layer. A row is a token at a position; it sees the
+Once per step and never per layer. A row is a token at a position; it sees the
 committed positions up to its own and the nodes on its path.
 """
 
@@ -13,12 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from outrider.kernels.native import library
 from outrider.kernels.paged_attention import PagedPaths, TreeKeys
 from outrider.kernels.path_attention import PathKeys
 from outrider.kernels.tree_attention import STRIDE, TAIL, AttentionGroup
 from outrider.models.block_pool import BLOCK, blocks_for
 from outrider.models.kv_cache import NULL_SLOT, KVSequence
 from outrider.models.numerics import RowClasses
+from outrider.speculation.tree import ROOT
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -32,8 +34,9 @@ class Rows:
 
     tokens, positions, slots: int64 ``[R]``; slots is where each row's KV goes.
     committed: positions ``[0, committed)`` are in place, or are written by these very rows.
-    paths: bool ``[R, M]``, the nodes each row attends, itself included.
-    node_positions, node_slots: int64 ``[M]``.
+    nodes: int64 ``[R]``, the row's own node, which it attends as it does those above; ``ROOT``: it is text.
+    node_parents, node_depths, node_slots: int64 ``[M]``. A child of the last committed token has the
+    parent ``ROOT`` and the depth 1. Of nodes that no row attends nothing has to be right.
     table: int64, the blocks of the positions.
     first_logit_row: the first row whose logits are wanted; R means none.
     """
@@ -42,8 +45,9 @@ class Rows:
     positions: IntArray
     slots: IntArray
     committed: int
-    paths: BoolArray
-    node_positions: IntArray
+    nodes: IntArray
+    node_parents: IntArray
+    node_depths: IntArray
     node_slots: IntArray
     table: IntArray
     first_logit_row: int
@@ -52,6 +56,37 @@ class Rows:
         """Slots of positions of the committed text, in the same shape."""
         slots: IntArray = self.table[positions // BLOCK] * BLOCK + positions % BLOCK
         return slots
+
+    def attended_nodes(self) -> "AttendedNodes":
+        """All that some row attends, in the order of their numbers."""
+        levels = []
+        level = self.nodes
+        while (inner := level >= 0).any():
+            levels.append(level)
+            level = np.where(inner, self.node_parents[level], ROOT)
+        ancestors = np.stack(levels, axis=1) if levels else np.zeros((len(self.nodes), 0), np.int64)
+        rows, columns = (ancestors >= 0).nonzero()
+        nodes, index = np.unique(ancestors[rows, columns], return_inverse=True)
+        paths = np.zeros((len(ancestors), len(nodes)), np.bool_)
+        paths[rows, index] = True
+        return AttendedNodes(
+            paths=paths,
+            positions=self.committed - 1 + self.node_depths[nodes],
+            slots=self.node_slots[nodes],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttendedNodes:
+    """m nodes.
+
+    paths: bool ``[R, m]``, those that each row attends, itself included.
+    positions, slots: int64 ``[m]``.
+    """
+
+    paths: BoolArray
+    positions: IntArray
+    slots: IntArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +112,9 @@ def text_rows(sequence: KVSequence, tokens: IntArray, *, first_logit_row: int) -
         positions=np.arange(start, start + count),
         slots=sequence.slots(start, start + count),
         committed=start + count,
-        paths=np.zeros((count, 0), np.bool_),
-        node_positions=_NONE,
+        nodes=np.full(count, ROOT),
+        node_parents=_NONE,
+        node_depths=_NONE,
         node_slots=_NONE,
         table=sequence.table,
         first_logit_row=first_logit_row,
@@ -89,8 +125,8 @@ def tree_rows(
     sequence: KVSequence,
     text: IntArray,
     tokens: IntArray,
+    parents: IntArray,
     depths: IntArray,
-    ancestors: BoolArray,
     *,
     text_logits: int = 0,
 ) -> Rows:
@@ -104,15 +140,16 @@ def tree_rows(
     start, known, nodes = sequence.length, len(text), len(tokens)
     root = start + known - 1
     slots = sequence.slots(start, root + 1 + nodes)
-    paths = np.zeros((known + nodes, nodes), np.bool_)
-    paths[known:] = ancestors
+    own = np.arange(-known, nodes)
+    own[:known] = ROOT
     return Rows(
         tokens=np.concatenate((text, tokens)),
         positions=np.concatenate((np.arange(start, root + 1), root + depths)),
         slots=slots,
         committed=root + 1,
-        paths=paths,
-        node_positions=root + depths,
+        nodes=own,
+        node_parents=parents,
+        node_depths=depths,
         node_slots=slots[known:],
         table=sequence.table,
         first_logit_row=known - 1 - text_logits,
@@ -129,26 +166,48 @@ def make_batch(
     *offsets, _ = accumulate((len(part.tokens) for part in parts), initial=0)
     attended: Attended
     if classes.by_path:
-        attended = _path_keys(parts, window)
-    elif classes.by_tree:
-        attended = _tree_keys(parts, window)
+        tokens, positions, slots, attended = _by_path(parts, window)
     else:
-        attended = _groups(parts, offsets, classes, dtype)
+        tokens, positions, slots = _joined(parts)
+        attended = _tree_keys(parts, window) if classes.by_tree else _groups(parts, offsets, classes, dtype)
     return Batch(
-        tokens=_joined([part.tokens for part in parts]),
-        positions=_joined([part.positions for part in parts]),
-        slots=_joined([part.slots for part in parts]),
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
+        slots=torch.from_numpy(slots),
         attended=attended,
         logit_rows=_logit_rows(parts, offsets),
     )
 
 
-def _joined(arrays: Sequence[IntArray]) -> torch.Tensor:
-    return torch.from_numpy(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
+def _joined(parts: Sequence[Rows]) -> tuple[IntArray, IntArray, IntArray]:
+    """Tokens, positions and slots."""
+    return (
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.positions for part in parts]),
+        np.concatenate([part.slots for part in parts]),
+    )
+
+
+def _by_path(parts: Sequence[Rows], window: int | None) -> tuple[IntArray, IntArray, IntArray, PathKeys]:
+    """Tokens, positions and slots; and positions through the parts' tables, then the nodes of paths."""
+    batcher = library.batcher(Rows, BLOCK)
+    if batcher is None:
+        return *_joined(parts), _path_keys(parts, window)
+    laid_out = batcher(parts, -1 if window is None else window)
+    tokens, positions, slots, tables, table_starts, first, seen, nodes, node_starts = laid_out
+    keys = PathKeys(
+        tables=tables,
+        table_starts=table_starts,
+        first=first,
+        seen=seen,
+        nodes=nodes,
+        node_starts=node_starts,
+    )
+    return tokens, positions, slots, keys
 
 
 def _path_keys(parts: Sequence[Rows], window: int | None) -> PathKeys:
-    """Positions through the parts' tables, then the paths' nodes in the order of their positions."""
+    """What the native module computes, plainly."""
     counts = [len(part.tokens) for part in parts]
     seen, before = _seen(parts, counts, window)
     nodes, lengths = _path_nodes(parts, counts, before)
@@ -180,12 +239,13 @@ def _tree_keys(parts: Sequence[Rows], window: int | None) -> TreeKeys:
     """The parts' texts and nodes, and who sees which of them."""
     counts = [len(part.tokens) for part in parts]
     seen, before = _seen(parts, counts, window)
-    tables, nodes = _tables(parts), [part.node_slots for part in parts]
+    tables, attended = _tables(parts), [part.attended_nodes() for part in parts]
+    nodes = [each.slots for each in attended]
     words = max(1, -(-max(map(len, nodes)) // 32))
     ancestors = np.zeros((len(seen), 4 * words), np.uint8)
-    for part, start, count in zip(parts, accumulate(counts, initial=0), counts, strict=False):
+    for each, start, count in zip(attended, accumulate(counts, initial=0), counts, strict=False):
         rows = slice(start, start + count)
-        visible = part.paths & (part.node_positions >= before[rows, None])
+        visible = each.paths & (each.positions >= before[rows, None])
         bits = np.packbits(visible, axis=1, bitorder="little")
         ancestors[rows, : bits.shape[1]] = bits
     return TreeKeys(
@@ -213,13 +273,11 @@ def _path_nodes(parts: Sequence[Rows], counts: Sequence[int], before: IntArray) 
     nodes = [_NONE]
     lengths = np.zeros(len(before), np.int64)
     for part, start, count in zip(parts, accumulate(counts, initial=0), counts, strict=False):
-        if not part.paths.shape[1]:
-            continue
-        rows = slice(start, start + count)
-        paths = part.paths & (part.node_positions >= before[rows, None])
+        attended, rows = part.attended_nodes(), slice(start, start + count)
+        paths = attended.paths & (attended.positions >= before[rows, None])
         row, node = np.nonzero(paths)
-        order = np.lexsort((part.node_positions[node], row))
-        nodes.append(part.node_slots[node[order]])
+        order = np.lexsort((attended.positions[node], row))
+        nodes.append(attended.slots[node[order]])
         lengths[rows] = np.count_nonzero(paths, axis=1)
     return np.concatenate(nodes), lengths
 
@@ -285,8 +343,9 @@ def _canonical_tails(rows: Rows, prefix: IntArray) -> tuple[IntArray, npt.NDArra
     seen = np.minimum(rows.positions, rows.committed - 1)[:, None]
     committed = rows.committed_slots(np.minimum(positions, rows.committed - 1))
     slots = np.where(positions <= seen, committed, NULL_SLOT)
-    row, node = np.nonzero(rows.paths)
-    slots[row, rows.node_positions[node] - prefix[row]] = rows.node_slots[node]
+    nodes = rows.attended_nodes()
+    row, node = np.nonzero(nodes.paths)
+    slots[row, nodes.positions[node] - prefix[row]] = nodes.slots[node]
     mask = np.where(positions <= rows.positions[:, None], np.float32(0), np.float32(-np.inf))
     return slots, mask
 
@@ -295,15 +354,15 @@ def _fast_group(rows: Rows, dtype: torch.dtype) -> AttentionGroup:
     """All rows over the committed keys that all of them see, the rest in one masked tail."""
     seen = np.minimum(rows.positions, rows.committed - 1)
     shared = int(seen.min()) + 1
-    later = np.arange(shared, rows.committed)
-    visible = np.concatenate((later <= seen[:, None], rows.paths), axis=1)
+    later, nodes = np.arange(shared, rows.committed), rows.attended_nodes()
+    visible = np.concatenate((later <= seen[:, None], nodes.paths), axis=1)
     mask = np.where(visible, np.float32(0), np.float32(-np.inf))
     return AttentionGroup(
         rows=None,
         num_rows=len(seen),
         padded=len(seen),
         shared=_prefix(rows, shared),
-        tail_slots=torch.from_numpy(np.concatenate((rows.committed_slots(later), rows.node_slots))),
+        tail_slots=torch.from_numpy(np.concatenate((rows.committed_slots(later), nodes.slots))),
         tail_mask=torch.from_numpy(mask[:, None]).to(dtype),
     )
 

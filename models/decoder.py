@@ -205,8 +205,15 @@ class Decoder:
             native = library.layers(self.embedding)
             assert native is not None
             H, G, D = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-            turns = self.rotation[batch.positions]
-            return PathAttention(native, keys, turns=turns, slots=batch.slots, shape=(H, G, D), block=BLOCK)
+            return PathAttention(
+                native,
+                keys,
+                turns=self.rotation,
+                positions=batch.positions,
+                slots=batch.slots,
+                shape=(H, G, D),
+                block=BLOCK,
+            )
         if isinstance(keys, PagedPaths | TreeKeys):
             assert self.kernels.paged is not None
             return PagedAttention(self.kernels.paged, keys, turns=self.rotation[positions], slots=slots)

@@ -273,7 +273,10 @@ def _attention(name: str, dtype: str, rows: int, context: int, config: ModelConf
     pools = [torch.randn(blocks * BLOCK, 2, G, D).to(heads.dtype) for _ in range(copies)]
     native = library.layers(heads)
     assert native is not None
-    ours = PathAttention(native, keys, turns=turns, slots=slots, shape=(H, G, D), block=BLOCK)
+    positions = torch.arange(rows)
+    ours = PathAttention(
+        native, keys, turns=turns, positions=positions, slots=slots, shape=(H, G, D), block=BLOCK
+    )
 
     def plain(pool: torch.Tensor) -> None:
         q = rotate_and_write_reference(heads, norm, eps, turns, slots, pool)

@@ -23,6 +23,7 @@ static void place(const Attention& a, size_t row, float* queries) {
     T* entry = static_cast<T*>(a.pool) + static_cast<size_t>(a.slots[row]) * 2 * G * D;
     std::copy(from + (H + G) * D, from + (H + 2 * G) * D, entry + G * D);
     float head[MAX_DIM], turned[MAX_DIM];
+    const float* turns = a.turns + 2 * static_cast<size_t>(a.positions[row]) * D;
     for (size_t h = 0; h < H + G; h++, from += D) {
         for (size_t i = 0; i < D; i += LANES) store(load(from + i, D - i), head + i, D - i);
         if (a.norm) {
@@ -36,10 +37,10 @@ static void place(const Attention& a, size_t row, float* queries) {
                 store(load(head + i, D - i) * factor * load(a.norm + h * D + i, D - i), head + i, D - i);
         }
         if (h < H) {
-            rotate(head, a.turns + 2 * row * D, queries + h * D, D);
+            rotate(head, turns, queries + h * D, D);
             continue;
         }
-        rotate(head, a.turns + (2 * row + 1) * D, turned, D);
+        rotate(head, turns + D, turned, D);
         for (size_t i = 0; i < D; i += LANES) store(load(turned + i, D - i), entry + (h - H) * D + i, D - i);
     }
 }

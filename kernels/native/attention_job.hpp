@@ -14,7 +14,8 @@ constexpr size_t MAX_DIM = 1024;  // of a head
 struct Attention {
     size_t rows, heads, kv_heads, dim, block;
     const void* projected;  // [rows][heads + 2 * kv_heads][dim]
-    const float* turns;     // [rows][2][dim]: of queries, and of keys
+    const float* turns;     // [positions][2][dim]: of queries, and of keys
+    const int64_t* positions;  // [rows]
     const float* norm;      // [heads + kv_heads][dim], or nothing
     float eps;
     const int64_t* slots;         // [rows], where keys and values go
@@ -68,16 +69,5 @@ struct Attention {
         for (; j < to; j++, into++) *into = into[-1];
     }
 };
-
-// What is the same in all layers, from the numbers that PathAttention keeps in this order.
-inline Attention attention_of(const size_t (&a)[13]) {
-    Attention job{};
-    job.rows = a[0], job.heads = a[1], job.kv_heads = a[2], job.dim = a[3], job.block = a[4];
-    job.turns = reinterpret_cast<const float*>(a[5]), job.slots = reinterpret_cast<const int64_t*>(a[6]);
-    job.tables = reinterpret_cast<const int64_t*>(a[7]), job.table_starts = reinterpret_cast<const int64_t*>(a[8]);
-    job.first = reinterpret_cast<const int64_t*>(a[9]), job.seen = reinterpret_cast<const int64_t*>(a[10]);
-    job.nodes = reinterpret_cast<const int64_t*>(a[11]), job.node_starts = reinterpret_cast<const int64_t*>(a[12]);
-    return job;
-}
 
 }  // namespace outrider

@@ -1,7 +1,7 @@
 // The Python module: packed weights that are called with addresses.
 
+#include "attention_arguments.hpp"
 #include "layer_calls.hpp"
-#include "selecting.hpp"
 
 namespace {
 
@@ -92,6 +92,7 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_linear", "Linear layers for few r
 }  // namespace
 
 PyMODINIT_FUNC PyInit__linear(void) {
+    import_array();
     select_fastest();
     PyObject* created = PyModule_Create(&module);
     if (created && (PyModule_AddType(created, &packed_type) || PyModule_AddType(created, &stack_type))) Py_CLEAR(created);

@@ -1,7 +1,7 @@
 // The Python module: functions that are called with addresses.
 
+#include "attention_arguments.hpp"
 #include "layer_calls.hpp"
-#include "selecting.hpp"
 
 namespace {
 
@@ -51,12 +51,13 @@ PyObject* silu_mul(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
 }
 
 PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-    size_t shared[13], a[6];  // see attention_of; kind, heads, norm or 0, pool, out, threads; eps
-    if (nargs != 20) return PyErr_Format(PyExc_TypeError, "20 arguments expected, %zd given", nargs);
-    if (!read_all(args, 13, shared) || !read_all(args + 13, 6, a)) return nullptr;
-    double eps = PyFloat_AsDouble(args[19]);
+    constexpr Py_ssize_t OWN = outrider::ATTENTION_ARGUMENTS;
+    size_t a[6];  // kind, heads, norm or 0, pool, out, threads; eps
+    if (nargs != OWN + 7) return PyErr_Format(PyExc_TypeError, "%zd arguments expected, %zd given", OWN + 7, nargs);
+    outrider::Attention job{};
+    if (!outrider::read_attention(args, job) || !read_all(args + OWN, 6, a)) return nullptr;
+    double eps = PyFloat_AsDouble(args[OWN + 6]);
     if (eps == -1.0 && PyErr_Occurred()) return nullptr;
-    outrider::Attention job = outrider::attention_of(shared);
     if (job.dim > outrider::MAX_DIM) return PyErr_Format(PyExc_ValueError, "heads of %zu numbers", job.dim);
     job.projected = at<const void>(a[1]), job.norm = at<const float>(a[2]), job.pool = at<void>(a[3]);
     job.out = at<void>(a[4]), job.eps = static_cast<float>(eps);
@@ -91,6 +92,7 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_layers", "What lies between a dec
 }  // namespace
 
 PyMODINIT_FUNC PyInit__layers(void) {
+    import_array();
     select_fastest();
     PyObject* created = PyModule_Create(&module);
     PyObject* lent = created ? PyCapsule_New(const_cast<outrider::LayerCalls*>(&calls),

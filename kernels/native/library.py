@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 if TYPE_CHECKING:
+    from outrider.kernels.native._batching import Batcher
     from outrider.kernels.native._linear import Packed
     from outrider.kernels.native._replication import Grafter, Tallier
 
@@ -76,6 +77,21 @@ def pack(
 def layers(x: torch.Tensor) -> ModuleType | None:
     """What computes a decoder's rows of this device and dtype between its products, if anything does."""
     return _load_layers() if x.is_cpu and x.dtype in KINDS else None
+
+
+@cache
+def batcher(rows: type, block: int) -> "Batcher | None":
+    """What lays out instances of this class over blocks of so many slots; None without the module.
+
+    rows: see ``models/batch.Rows``.
+    """
+    if os.environ.get(VARIABLE) == "off":
+        return None
+    try:
+        from outrider.kernels.native import _batching
+    except ImportError:
+        return None
+    return _batching.Batcher(rows, block)
 
 
 def grafter(

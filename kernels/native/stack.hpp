@@ -105,12 +105,12 @@ struct StackObject {
 };
 
 PyObject* stack_call(PyObject* self, PyObject* const* args, size_t nargs, PyObject*) {
-    // See attention_of; pool, numbers between the pools of layers, then Step, and threads.
-    size_t shared[13], a[8];
-    if (PyVectorcall_NARGS(nargs) != 21) return PyErr_Format(PyExc_TypeError, "21 arguments expected");
-    if (!read_all(args, 13, shared) || !read_all(args + 13, 8, a)) return nullptr;
+    constexpr Py_ssize_t OWN = outrider::ATTENTION_ARGUMENTS;
+    size_t a[8];  // pool, numbers between the pools of layers, then Step, and threads
+    if (PyVectorcall_NARGS(nargs) != OWN + 8) return PyErr_Format(PyExc_TypeError, "%zd arguments expected", OWN + 8);
+    outrider::Attention job{};
+    if (!outrider::read_attention(args, job) || !read_all(args + OWN, 8, a)) return nullptr;
     const Stack& stack = *reinterpret_cast<StackObject*>(self)->stack;
-    outrider::Attention job = outrider::attention_of(shared);
     if (!stack.fits(job)) return PyErr_Format(PyExc_ValueError, "heads that are not those of the layers");
     job.pool = reinterpret_cast<void*>(a[0]);
     const Step step{reinterpret_cast<const int64_t*>(a[2]), reinterpret_cast<const int64_t*>(a[3]), a[4], a[5],

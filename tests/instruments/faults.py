@@ -150,8 +150,13 @@ def text_seen_short(patch: pytest.MonkeyPatch) -> None:
 
 
 def _change_keys(patch: pytest.MonkeyPatch, change: Callable[[PathKeys], PathKeys]) -> None:
-    original = batch._path_keys
-    patch.setattr(batch, "_path_keys", lambda parts, window: change(original(parts, window)))
+    original = batch._by_path
+
+    def changed(parts: Sequence[Rows], window: int | None) -> tuple[IntArray, IntArray, IntArray, PathKeys]:
+        *own, keys = original(parts, window)
+        return *own, change(keys)
+
+    patch.setattr(batch, "_by_path", changed)
 
 
 def commit_by_depth(patch: pytest.MonkeyPatch) -> None:

@@ -72,9 +72,11 @@ void check_attention(const Path& path, size_t H, size_t G, size_t D, bool normed
         own.push_back(nodes.back());
     }
     std::vector<T> out(rows * H * D);
+    std::vector<int64_t> positions(rows);
+    for (size_t row = 0; row < rows; row++) positions[row] = static_cast<int64_t>(rows - 1 - row);
     Attention a{};
     a.rows = rows, a.heads = H, a.kv_heads = G, a.dim = D, a.block = block, a.eps = 1e-5f;
-    a.projected = projected.data(), a.turns = turns.data(), a.norm = normed ? norm.data() : nullptr;
+    a.projected = projected.data(), a.turns = turns.data(), a.positions = positions.data(), a.norm = normed ? norm.data() : nullptr;
     a.slots = own.data(), a.pool = pool.data(), a.tables = table.data(), a.table_starts = starts.data();
     a.first = firsts.data(), a.seen = lengths.data(), a.nodes = nodes.data(), a.node_starts = node_starts.data(), a.out = out.data();
     attention<T>(path, a, 2);
@@ -88,7 +90,7 @@ void check_attention(const Path& path, size_t H, size_t G, size_t D, bool normed
             for (size_t i = 0; i < D; i++)
                 query[i] = widen(x[i]) * (normed ? norm[h * D + i] / std::sqrt(squares / D + 1e-5) : 1);
             for (size_t i = 0; i < D; i += 2) {
-                const float* turn = turns.data() + 2 * row * D + i;
+                const float* turn = turns.data() + 2 * (rows - 1 - row) * D + i;
                 double real = query[i] * turn[0] - query[i + 1] * turn[1];
                 query[i + 1] = query[i] * turn[1] + query[i + 1] * turn[0];
                 query[i] = real;

@@ -41,7 +41,7 @@ class Work:
         if self.tree is None:
             return text_rows(sequence, self.tokens, first_logit_row=self.first_logit_row)
         tree = self.tree
-        return tree_rows(sequence, self.tokens[:1], tree.tokens, tree.depths, tree.ancestor_mask)
+        return tree_rows(sequence, self.tokens[:1], tree.tokens, tree.parent_indices, tree.depths)
 
     def commit(self, runner: ModelRunner, sequence: KVSequence) -> IntArray:
         """Makes the rows part of the sequence; its text after that."""

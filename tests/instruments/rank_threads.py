@@ -15,6 +15,7 @@ from outrider.models.decoder import Decoder
 from outrider.models.numerics import Numerics, RowClasses
 from outrider.models.parallel import LOOPBACK, RankGroup, TensorParallel, find_store, open_store
 from outrider.models.weights import Checkpoint
+from outrider.speculation.tree import ROOT
 
 Result = TypeVar("Result")
 
@@ -66,7 +67,7 @@ def some_row(classes: RowClasses, slot: int) -> Batch:
     none = np.zeros(0, np.int64)
     rows = Rows(
         tokens=np.array([5]), positions=np.array([0]), slots=np.array([slot]), committed=1,
-        paths=np.zeros((1, 0), np.bool_), node_positions=none, node_slots=none,
+        nodes=np.array([ROOT]), node_parents=none, node_depths=none, node_slots=none,
         table=np.array([slot // 32]), first_logit_row=0,
     )  # fmt: skip
     return make_batch([rows], classes, torch.float32)

@@ -16,6 +16,7 @@ from outrider.models.kernel_set import Run
 from outrider.models.kv_cache import TRASH_SLOT
 from outrider.models.numerics import RowClasses
 from outrider.models.packed_batch import PackedBatch, Room
+from outrider.speculation.tree import ROOT
 
 PATHS = RowClasses(canonical=True, by_path=True)
 TREES = RowClasses(canonical=False, by_tree=True)
@@ -27,15 +28,14 @@ def rows_of(count: int, *, nodes: int = 0, length: int = 40, first_block: int = 
     rng = np.random.default_rng(seed)
     committed = length + count - nodes
     positions = np.arange(length, length + count)
-    paths = np.zeros((count, nodes), np.bool_)
-    paths[count - nodes :] = np.tri(nodes, dtype=np.bool_)
     return Rows(
         tokens=rng.integers(0, 300, count),
         positions=positions,
         slots=first_block * 32 + positions,
         committed=committed,
-        paths=paths,
-        node_positions=positions[count - nodes :],
+        nodes=np.concatenate((np.full(count - nodes, ROOT), np.arange(nodes))),
+        node_parents=np.arange(nodes) - 1,
+        node_depths=np.arange(nodes) + 1,
         node_slots=(first_block * 32 + positions)[count - nodes :],
         table=first_block + np.arange(-(-committed // 32) + 2),
         first_logit_row=count - nodes - 1,

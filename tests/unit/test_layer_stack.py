@@ -164,9 +164,8 @@ def attention(heads: int = H) -> PathAttention:
         node_starts=np.zeros(2, np.int64),
     )
     turns = torch.ones(1, 2, D // 2, dtype=torch.complex64)
-    return PathAttention(
-        LAYERS, keys, turns=turns, slots=torch.zeros(1, dtype=torch.int64), shape=(heads, G, D), block=4
-    )
+    at = torch.zeros(1, dtype=torch.int64)
+    return PathAttention(LAYERS, keys, turns=turns, positions=at, slots=at, shape=(heads, G, D), block=4)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -147,7 +147,8 @@ class Attended:
         attention = PathAttention(
             NATIVE,
             keys,
-            turns=self.turns[torch.from_numpy(taken)],
+            turns=self.turns,
+            positions=torch.from_numpy(taken),
             slots=self.slots[torch.from_numpy(taken)],
             shape=self.shape,
             block=BLOCK,
@@ -254,6 +255,7 @@ def test_many_rows_are_split_over_threads_and_stay_the_same(caplog: pytest.LogCa
                 NATIVE,
                 keys,
                 turns=torch.ones(rows, 2, D // 2, dtype=torch.complex64),
+                positions=torch.arange(rows),
                 slots=torch.arange(length - rows, length),
                 shape=(H, G, D),
                 block=BLOCK,
