@@ -56,6 +56,8 @@ setup(
             "tiles.hpp",
             "vectors.hpp",
             "pointwise.hpp",
+            "noise.hpp",
+            "guesses.hpp",
             "attention.hpp",
             "attention_amx.hpp",
             "attention_job.hpp",

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from outrider.actors.model_runner import ModelRunner
+from outrider.kernels.guesses import guesses
 from outrider.models.batch import Rows, text_rows
 from outrider.models.block_pool import BLOCK, blocks_for
 from outrider.models.kv_cache import KVSequence, NodeArena
@@ -20,7 +21,7 @@ from outrider.speculation.errors import OutOfBlocksError
 from outrider.speculation.growth import Growable, choose_frontiers
 from outrider.speculation.living_tree import LivingTree, Reroot
 from outrider.speculation.request import Request
-from outrider.speculation.sampling import LogitProcessor, TokenChooser, perturb
+from outrider.speculation.sampling import LogitProcessor, TokenChooser, streams_of
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.statistics import SpeculationStatistics
 from outrider.speculation.stopping import ending_ids
@@ -100,15 +101,12 @@ class ModelDraftEngine:
 
     def _add_children(self, ready: Sequence[tuple["ModelDraftSession", IntArray, torch.Tensor]]) -> None:
         """Gives each node its likeliest children, in the order of this very draw's noise."""
-        processed = torch.cat([session.process(slots, logits) for session, slots, logits in ready])
+        processed = _joined([session.process(slots, logits) for session, slots, logits in ready])
         choosers = [session.chooser for session, _, _ in ready]
         positions = [session.child_positions(slots) for session, slots, _ in ready]
-        perturbed = perturb(choosers, processed, positions)
         most = max(session.children for session, _, _ in ready)
-        best, tokens = perturbed.topk(min(most, perturbed.shape[1]), dim=1)
-        shares = (best / perturbed.sum(dim=1, keepdim=True)).nan_to_num_(nan=0.0).clamp_(0.0, 1.0)
-        scores = shares.to(torch.float64).cpu().numpy()
-        ids, start = tokens.cpu().numpy(), 0
+        ids, scores = guesses(processed, streams_of(choosers, positions), most)
+        start = 0
         for session, slots, _ in ready:
             rows = slice(start, start + len(slots))
             session.add_children(slots, ids[rows, : session.children], scores[rows, : session.children])
@@ -242,7 +240,9 @@ class ModelDraftSession:
         return positions
 
     def process(self, slots: IntArray, logits: torch.Tensor) -> torch.Tensor:
-        """Applies the request's sampling parameters along each node's path."""
+        """Applies the request's sampling parameters along each node's path; may be a view of the logits."""
+        if self._processor.is_trivial:
+            return logits[:, : self._engine.vocab_size]
         if slots[0] == ROOT or not self._processor.depends_on_path:
             return self._processor.process(logits, DraftTree.empty(), np.zeros(len(slots), np.int64))
         nodes = np.unique(self._ancestors(slots))
@@ -318,6 +318,10 @@ class ModelDraftSession:
         self._engine.calibration.observe(self._ranks[slots], self._raw_scores[slots], right)
         expected = float(self._corrected[slots].sum())
         self._credit.observe(len(judged), hits=int(right.sum()), expected=expected)
+
+
+def _joined(rows: list[torch.Tensor]) -> torch.Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _room(runner: ModelRunner, token_ids: IntArray, max_tokens: int) -> tuple[KVSequence, NodeArena]:

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from outrider.kernels.gumbel import draw, exponential_noise, first_largest, position_keys, request_states
+from outrider.kernels.guesses import Streams, perturbed
+from outrider.kernels.gumbel import draw, first_largest, position_keys, request_states
 from outrider.speculation.bad_words import BadWords
 from outrider.speculation.errors import InvalidRequestError
 from outrider.speculation.sampling_params import SamplingParams
@@ -169,7 +170,8 @@ class TokenChooser:
                 f"seed must be set at temperature {params.temperature}, not {params.seed!r}"
             )
         self._greedy = params.is_greedy
-        self._state = request_states(params.seed or 0, choice)
+        self.state = request_states(params.seed or 0, choice)
+        """What its noise depends on beside positions and tokens; uint64 ``[1]``."""
 
     def choose(self, logits: torch.Tensor, positions: IntArray) -> IntArray:
         """See ``choose_together``; int64 ``[R]``."""
@@ -184,16 +186,9 @@ class TokenChooser:
         """Keys int64 ``[2, k]`` of the noise of k distinct positions; which of them each row has, ``[R]``."""
         # Siblings and cousins choose for the same position, with the same noise.
         if len(positions) == 1:
-            return position_keys(self._state, positions), np.zeros(1, np.int64)
+            return position_keys(self.state, positions), np.zeros(1, np.int64)
         distinct, rows = np.unique(positions, return_inverse=True)
-        return position_keys(self._state, distinct), rows
-
-    def perturb(self, probs: torch.Tensor, positions: IntArray) -> None:
-        """Divides probabilities ``[R, V]`` by the noise of their tokens, in place; see ``perturb``."""
-        if not self._greedy:
-            keys, streams = noise_keys_together([self], [positions], probs.device)
-            noise = exponential_noise(keys[0], keys[1], probs.shape[1])
-            probs.div_(noise if streams is None else noise[streams])
+        return position_keys(self.state, distinct), rows
 
 
 def choose_together(
@@ -262,6 +257,16 @@ def noise_keys_together(
     return keys, torch.from_numpy(rows).to(device)
 
 
+def streams_of(choosers: Sequence[TokenChooser], positions: Sequence[IntArray]) -> Streams:
+    """The noise of several requests' rows, which stand behind one another; positions: int64 ``[r]`` each."""
+    counts = [len(each) for each in positions]
+    return Streams(
+        states=np.concatenate([chooser.state for chooser in choosers]).repeat(counts),
+        positions=np.concatenate(positions),
+        noisy=np.repeat([not chooser.is_greedy for chooser in choosers], counts),
+    )
+
+
 def perturb(
     choosers: Sequence[TokenChooser], logits: torch.Tensor, positions: Sequence[IntArray]
 ) -> torch.Tensor:
@@ -274,12 +279,7 @@ def perturb(
         ``[R, V]``, ``p / E`` with the same E as ``choose``, or p at temperature 0. NaN
         logits give NaN scores.
     """
-    scores = logits.softmax(dim=1)
-    start = 0
-    for chooser, each in zip(choosers, positions, strict=True):
-        chooser.perturb(scores[start : start + len(each)], each)
-        start += len(each)
-    return scores
+    return perturbed(logits, streams_of(choosers, positions))
 
 
 def _has_penalties(params: SamplingParams) -> bool:

@@ -1,4 +1,4 @@
-// What a decoder does between its linear layers: norms, attention over paths, SiLU.
+// What a decoder does between its linear layers: norms, attention over paths, SiLU; and what a drafter guesses.
 //
 // Every row is computed by itself, each sum in one fixed order: a row's bits depend on the row, its
 // path and the instruction set alone.
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention_job.hpp"
+#include "noise.hpp"
 #include "numbers.hpp"
 #include "openmp.hpp"
 #include "tiles.hpp"
@@ -81,6 +82,7 @@ INLINE void transpose(Vec* tile) {
 
 #include "vectors.hpp"
 #include "pointwise.hpp"
+#include "guesses.hpp"
 #include "attention.hpp"
 
 }  // namespace portable
@@ -132,6 +134,7 @@ INLINE void transpose(Vec* tile) {
 
 #include "vectors.hpp"
 #include "pointwise.hpp"
+#include "guesses.hpp"
 #include "attention.hpp"
 
 }  // namespace avx2
@@ -193,6 +196,7 @@ INLINE void transpose(Vec* tile) {
 
 #include "vectors.hpp"
 #include "pointwise.hpp"
+#include "guesses.hpp"
 #include "attention.hpp"
 
 }  // namespace avx512
@@ -229,6 +233,7 @@ template <class T>
 struct Kernels {
     void (*rms_norm)(T*, const T*, const T*, T*, size_t, size_t, float);
     void (*silu_mul)(const T*, T*, size_t, size_t);
+    void (*guess)(const T*, size_t, const Stream&, size_t, int64_t*, double*);
     void (*place)(const Attention&, size_t, float*);
     void (*attend)(const Attention&, const float*, size_t, size_t, size_t, Buffers<T>&);
 };
@@ -248,10 +253,11 @@ struct Path {
     }
 };
 
-#define OF(set, T) {set::rms_norm<T>, set::silu_mul<T>, set::place<T>, set::attend<T>}
+#define OF(set, T) {set::rms_norm<T>, set::silu_mul<T>, set::guess<T>, set::place<T>, set::attend<T>}
 static const Path PATHS[] = {
 #if OUTRIDER_AMX
-    {"amx", has_amx, {avx512::rms_norm<uint16_t>, avx512::silu_mul<uint16_t>, avx512::place<uint16_t>, amx::attend},
+    {"amx", has_amx,
+     {avx512::rms_norm<uint16_t>, avx512::silu_mul<uint16_t>, avx512::guess<uint16_t>, avx512::place<uint16_t>, amx::attend},
      OF(avx512, float)},
 #endif
 #if OUTRIDER_X86

@@ -73,6 +73,51 @@ PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     Py_RETURN_NONE;
 }
 
+template <class T>
+void guess_rows(const void* logits, size_t stride, size_t size, const std::vector<outrider::Stream>& streams,
+                size_t count, int64_t* ids, double* shares) {
+    const auto guess = selected.load()->kernels<T>().guess;
+    const T* row = static_cast<const T*>(logits);
+    for (const outrider::Stream& stream : streams) {
+        guess(row, size, stream, count, ids, shares);
+        row += stride, ids += count, shares += count;
+    }
+}
+
+void* data_of(PyObject* array) { return PyArray_DATA(reinterpret_cast<PyArrayObject*>(array)); }
+
+PyObject* guess(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+    size_t a[5];  // kind, logits, from one row's to the next one's, how many of a row count, tokens wanted
+    outrider::Numbers states, positions, noisy;
+    if (nargs != 8) return PyErr_Format(PyExc_TypeError, "8 arguments expected, %zd given", nargs);
+    if (!read_all(args, 5, a) || !states.read(args[5], NPY_UINT64) || !positions.read(args[6], NPY_INT64) ||
+        !noisy.read(args[7], NPY_BOOL))
+        return nullptr;
+    if (states.size != positions.size || noisy.size != positions.size || a[4] > a[3] || a[3] > a[2])
+        return PyErr_Format(PyExc_ValueError, "streams or sizes that do not belong together");
+    npy_intp shape[] = {static_cast<npy_intp>(positions.size), static_cast<npy_intp>(a[4])};
+    PyObject *ids = PyArray_SimpleNew(2, shape, NPY_INT64), *shares = PyArray_SimpleNew(2, shape, NPY_FLOAT64);
+    bool enough = ids && shares;
+    Py_BEGIN_ALLOW_THREADS
+    try {
+        std::vector<outrider::Stream> streams(static_cast<size_t>(positions.size));
+        for (size_t row = 0; enough && row < streams.size(); row++)
+            if (noisy.as<bool>()[row])
+                streams[row] = outrider::Stream::at(states.as<uint64_t>()[row], positions.as<int64_t>()[row]);
+        if (enough)
+            (a[0] ? guess_rows<float> : guess_rows<uint16_t>)(at<const void>(a[1]), a[2], a[3], streams, a[4],
+                                                              static_cast<int64_t*>(data_of(ids)),
+                                                              static_cast<double*>(data_of(shares)));
+    } catch (const std::bad_alloc&) {
+        enough = false;
+    }
+    Py_END_ALLOW_THREADS
+    if (enough) return Py_BuildValue("NN", ids, shares);
+    Py_XDECREF(ids);
+    Py_XDECREF(shares);
+    return PyErr_NoMemory();
+}
+
 template <class F>
 PyCFunction function(F* of) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(of));
@@ -82,6 +127,7 @@ PyMethodDef methods[] = {
     {"rms_norm", function(rms_norm), METH_FASTCALL, "See kernels/pointwise.py."},
     {"silu_mul", function(silu_mul), METH_FASTCALL, "See kernels/pointwise.py."},
     {"attend", function(attend), METH_FASTCALL, "See kernels/path_attention.py."},
+    {"guess", function(guess), METH_FASTCALL, "See kernels/guesses.py."},
     SELECTING_METHODS,
     {nullptr, nullptr, 0, nullptr},
 };

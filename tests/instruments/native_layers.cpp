@@ -122,6 +122,28 @@ void check_attention(const Path& path, size_t H, size_t G, size_t D, bool normed
         }
 }
 
+// The best token of p / E, and all shares.
+template <class T>
+void check_guesses(const Path& path, size_t size) {
+    auto logits = random<T>(size);
+    for (const Stream stream : {Stream{}, Stream::at(7, 1 << 20)}) {
+        std::vector<double> scores(size), shares(size);
+        std::vector<int64_t> ids(size);
+        double total = 0;
+        for (size_t j = 0; j < size; j++) {
+            uint32_t interval[1];
+            Stream::intervals(stream, j, interval);
+            scores[j] = std::exp(widen(logits[j]));
+            if (stream.gamma) scores[j] /= -std::log1p(-(interval[0] + 0.5) * 0x1p-32);
+            total += scores[j];
+        }
+        path.kernels<T>().guess(logits.data(), size, stream, size, ids.data(), shares.data());
+        for (size_t k = 0; k < size; k++)
+            expect("share", shares[k], scores[static_cast<size_t>(ids[k])] / total, 1e-5);
+        expect("first", scores[static_cast<size_t>(ids[0])], *std::max_element(scores.begin(), scores.end()), 1e-5);
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -130,6 +152,8 @@ int main() {
         for (size_t size : {1, 7, 8, 9, 31, 64, 100}) {
             check_rows<float>(path, size, 1e-5);
             check_rows<uint16_t>(path, size, 1e-2);
+            check_guesses<float>(path, size);
+            check_guesses<uint16_t>(path, size);
         }
         const size_t shapes[][3] = {{1, 1, 2}, {4, 2, 8}, {6, 2, 20}, {3, 1, 64}, {5, 1, 66}, {7, 1, 128}};
         for (auto& shape : shapes)
