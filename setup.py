@@ -37,6 +37,7 @@ setup(
             "compact.hpp",
             "weights.hpp",
             "compact_steps.hpp",
+            "avx2.hpp",
             "blocks.hpp",
             "int8.hpp",
             "int8_whole.hpp",

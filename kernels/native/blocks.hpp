@@ -33,57 +33,6 @@ template <class T>
 constexpr Block PORTABLE[] = {portable_block<T, 1>, portable_block<T, 2>, portable_block<T, 3>, portable_block<T, 4>};
 
 #if OUTRIDER_X86
-// ---- AVX2 -----------------------------------------------------------------------------------
-
-#define AVX2 __attribute__((target("avx2,fma")))
-
-template <class T, size_t R>
-AVX2 static void avx2_block(const Job& job, const Pass& pass) {
-    const T* w = reinterpret_cast<const T*>(job.weights->group(pass.group));
-    const float* x = static_cast<const float*>(job.x) + pass.row * job.stride;
-    alignas(32) float sums[R * WIDTH] = {}, lost[R * WIDTH] = {}, of_chunk[R * WIDTH];
-    Lookahead ahead(*job.weights, pass);
-    const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
-    for (size_t start = 0; start < job.weights->padded; start += CHUNK<T>) {
-        __m256 chunk[R][4];
-        for (auto& of_row : chunk)
-            for (auto& part : of_row) part = _mm256_setzero_ps();
-        size_t end = std::min(start + CHUNK<T>, job.weights->padded);
-        for (size_t k = start; k < end; k += TOGETHER<T>) {
-            const T* line = line_of(w, k);
-            ahead.step();
-#pragma GCC unroll 4
-            for (size_t i = 0; i < 4; i++) {
-                const T* eight = line + i / 2 * RIGHT<T> + i % 2 * 8 * TOGETHER<T>;
-                if constexpr (sizeof(T) == 4) {
-                    __m256 weights = _mm256_loadu_ps(eight);
-#pragma GCC unroll 4
-                    for (size_t r = 0; r < R; r++)
-                        chunk[r][i] = _mm256_fmadd_ps(weights, _mm256_set1_ps(x[r * job.stride + k]), chunk[r][i]);
-                } else {
-                    __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(eight));
-                    __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-                    __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, upper));
-#pragma GCC unroll 4
-                    for (size_t r = 0; r < R; r++) {
-                        const float* at = x + r * job.stride + k;
-                        chunk[r][i] = _mm256_fmadd_ps(even, _mm256_set1_ps(at[0]), chunk[r][i]);
-                        chunk[r][i] = _mm256_fmadd_ps(odd, _mm256_set1_ps(at[1]), chunk[r][i]);
-                    }
-                }
-            }
-        }
-        for (size_t r = 0; r < R; r++)
-            for (size_t i = 0; i < 4; i++) _mm256_store_ps(of_chunk + r * WIDTH + i * 8, chunk[r][i]);
-        join<T>(sums, lost, of_chunk, R * WIDTH);
-    }
-    recover(sums, lost, R * WIDTH);
-    store<T>(job, pass.group, pass.row, R, sums);
-}
-
-template <class T>
-constexpr Block BY_AVX2[] = {avx2_block<T, 1>, avx2_block<T, 2>, avx2_block<T, 3>};
-
 // ---- AVX-512 --------------------------------------------------------------------------------
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))

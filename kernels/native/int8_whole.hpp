@@ -53,10 +53,7 @@ static void by_whole_rows(const Job& job, size_t first, size_t last) {
 
 // ---- AVX2: two products of 16 bits per lane ---------------------------------------------------
 //
-// Of a lane's four weights the even and the odd ones are pairs of 16 bits, two shifts away. The numbers of a row
-// stand in that order: 0, 2, 1, 3.
-
-constexpr size_t EXACT = 512;  // inputs whose products, 127 by 32767 at most, add up in 32 bits
+// In the order in which avx2.hpp multiplies them: of four the first, the third, the second, the fourth.
 
 // Four numbers of 32 bits, 0 to 3, and four more; saturated to 16 bits, in the order above.
 INLINE AVX2 __m256i pack_evens_first(__m256i first, __m256i second) {
@@ -87,54 +84,6 @@ AVX2 static void split_pairs(const uint16_t* from, float factor, size_t ins, siz
 AVX2 static void to_pairs(const Weights& w, const uint16_t* x, size_t rows, WholeRows& into) {
     lay_out_whole<split_pairs>(w, x, rows, into);
 }
-
-INLINE AVX2 __m256i two_everywhere(const int16_t* from) {
-    int both;
-    std::memcpy(&both, from, 4);
-    return _mm256_set1_epi32(both);
-}
-
-template <size_t R>
-AVX2 static void pairs_block(const Job& job, const Pass& pass) {
-    const char* w = job.weights->group(pass.group);
-    const size_t padded = job.weights->padded;
-    const int16_t* x = static_cast<const int16_t*>(job.x) + pass.row * padded;
-    alignas(32) float sums[R * WIDTH] = {};
-    Lookahead ahead(*job.weights, pass);
-    for (size_t start = 0; start < padded; start += EXACT) {
-        __m256i total[R][4];
-        for (auto& of_row : total)
-            for (auto& part : of_row) part = _mm256_setzero_si256();
-        const size_t end = std::min(start + EXACT, padded);
-        for (size_t quad = start; quad < end; quad += QUAD, w += QUAD * WIDTH) {
-            ahead.step();
-#pragma GCC unroll 4
-            for (size_t i = 0; i < 4; i++) {
-                const __m256i fours = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + i * 8 * QUAD));
-                const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(fours, 8), 8);
-                const __m256i odd = _mm256_srai_epi16(fours, 8);
-#pragma GCC unroll 3
-                for (size_t r = 0; r < R; r++) {
-                    const int16_t* at = x + r * padded + quad;
-                    const __m256i products = _mm256_madd_epi16(even, two_everywhere(at));
-                    const __m256i others = _mm256_madd_epi16(odd, two_everywhere(at + 2));
-                    total[r][i] = _mm256_add_epi32(total[r][i], _mm256_add_epi32(products, others));
-                }
-            }
-        }
-        for (size_t r = 0; r < R; r++)
-            for (size_t i = 0; i < 4; i++) {
-                float* eight = sums + r * WIDTH + i * 8;
-                _mm256_store_ps(eight, _mm256_add_ps(_mm256_load_ps(eight), _mm256_cvtepi32_ps(total[r][i])));
-            }
-    }
-    const float* scales = job.weights->scales.data() + pass.group * WIDTH;
-    for (size_t r = 0; r < R; r++)
-        for (size_t j = 0; j < WIDTH; j++) sums[r * WIDTH + j] *= job.row_scales[pass.row + r] * scales[j];
-    store<uint16_t>(job, pass.group, pass.row, R, sums);
-}
-
-constexpr Block BY_PAIRS[] = {pairs_block<1>, pairs_block<2>, pairs_block<3>};
 
 // ---- AVX512-VNNI: four products of bytes per lane ---------------------------------------------
 //

@@ -90,6 +90,9 @@ INLINE void store(const Job& job, size_t group, size_t row, size_t rows, float* 
 struct Pass {
     size_t group, row;
     size_t number, passes;
+
+    // One half of a block that goes through its outputs in halves.
+    Pass half(size_t which) const { return {group, row, 2 * number + which, 2 * passes}; }
 };
 
 // Computes rows [row, row + R) of one group, R being the block's own.
@@ -145,6 +148,9 @@ constexpr size_t RIGHT = sizeof(T) == 2 ? TILE : 16;
 
 // ---- what computes a block of rows ------------------------------------------------------------
 
+#if OUTRIDER_X86
+#include "avx2.hpp"
+#endif
 #include "blocks.hpp"
 #include "int8.hpp"
 #include "int8_whole.hpp"
@@ -192,7 +198,8 @@ static const Path PATHS[] = {
     {"avx512_bf16", has_avx512_bf16, KERNEL(BY_BF16), KERNEL(BY_AVX512<float>), false, BY_BYTES},
     {"avx512_vnni", has_avx512_vnni, BOTH(BY_AVX512), true, BY_BYTES},
     {"avx512", has_avx512, BOTH(BY_AVX512), true, BOTH(INT8_BY_AVX512)},
-    {"avx2", has_avx2, BOTH(BY_AVX2), true, WHOLE(BY_PAIRS, avx2_int8_block), KERNEL(INT8_BY_AVX2<float>), to_pairs},
+    {"avx2", has_avx2, KERNEL(BY_AVX2<Bfloat16ByAvx2>), KERNEL(FLOAT32_BY_AVX2), true,
+     WHOLE(BY_AVX2<PairsByAvx2>, avx2_int8_block), KERNEL(INT8_BY_AVX2<float>), to_pairs},
 #endif
     {"portable", always, BOTH(PORTABLE), true, BOTH(PORTABLE_INT8)},
 };
