@@ -83,9 +83,11 @@ INLINE void score(const float* turned, const float* queries, size_t columns, siz
 template <size_t QUERIES>
 INLINE void score_all(const float* turned, size_t count, const float* queries, size_t columns, size_t D, float* into,
                       size_t apart) {
+    // Sums and keys stay in registers, of which there are half as many where they hold 8 numbers.
+    constexpr size_t VECS = LANES > 8 || QUERIES == 1 ? 4 : 2;
     size_t k = 0;
-    for (; k + 4 * LANES <= count; k += 4 * LANES)
-        score<QUERIES, 4>(turned + k, queries, columns, D, into + k, apart);
+    for (; k + VECS * LANES <= count; k += VECS * LANES)
+        score<QUERIES, VECS>(turned + k, queries, columns, D, into + k, apart);
     for (; k < count; k += LANES) score<QUERIES, 1>(turned + k, queries, columns, D, into + k, apart);
 }
 
@@ -236,8 +238,7 @@ struct Together {
         for (size_t n = row * Q, done = 0; n < stop;) {
             const float* queries = buffers.queries.data() + n;
             float* into = buffers.scores.data() + n * width + from;
-            // Their sums stay in registers, of which those of 16 numbers are twice as many.
-            const size_t left = stop - n, some = left >= 6 && LANES > 8 ? 6 : left >= 3 ? 3 : 1;
+            const size_t left = stop - n, some = left >= 6 ? 6 : left >= 3 ? 3 : 1;
             if (some == 6)
                 score_all<6>(buffers.turned.data(), whole(count), queries, columns, D, into, width);
             else if (some == 3)
