@@ -39,7 +39,7 @@ struct Bfloat16ByAvx2 {
         asm("vbroadcastss %4, %%ymm15\n\t"
             "vfmadd231ps %%ymm15, %2, %0\n\t"
             "vfmadd231ps %%ymm15, %3, %1"
-            : "+x"(a), "+x"(b)
+            : "+&x"(a), "+&x"(b)
             : "x"(left), "x"(right), "m"(*number)
             : "xmm15");
         lower = a, upper = b;
@@ -97,7 +97,7 @@ struct PairsByAvx2 {
             "vpaddd %%ymm14, %0, %0\n\t"
             "vpmaddwd %%ymm15, %3, %%ymm14\n\t"
             "vpaddd %%ymm14, %1, %1"
-            : "+x"(a), "+x"(b)
+            : "+&x"(a), "+&x"(b)
             : "x"(left), "x"(right), "m"(*reinterpret_cast<const char(*)[4]>(two))
             : "xmm14", "xmm15");
         lower = a, upper = b;
