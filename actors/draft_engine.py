@@ -296,7 +296,7 @@ class ModelDraftSession:
             nodes=frontier,
             node_parents=tree.parents,
             node_depths=tree.depths,
-            node_slots=self._nodes.slots,
+            node_slots=self._nodes.slots[: tree.capacity],
             table=sequence.table,
             first_logit_row=0,
         )
