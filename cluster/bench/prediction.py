@@ -14,6 +14,7 @@ import torch
 from outrider.actors.model_runner import ModelRunner
 from outrider.cluster.bench.ways import Way
 from outrider.cluster.simulator import Costs, Simulated, Text, simulate
+from outrider.kernels.guesses import guesses
 from outrider.models.batch import text_rows
 from outrider.models.block_pool import blocks_for
 from outrider.models.kv_cache import KVSequence
@@ -23,7 +24,7 @@ from outrider.speculation.calibration import LOWEST_SCORE, RankCalibration, Text
 from outrider.speculation.pipelines.costs import CostEstimates
 from outrider.speculation.pipelines.linger import LingerRule
 from outrider.speculation.pipelines.shape import TreeShape
-from outrider.speculation.sampling import LogitProcessor, TokenChooser, perturb
+from outrider.speculation.sampling import LogitProcessor, TokenChooser, streams_of
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.tree import DraftTree
 from outrider.speculation.types import FloatArray, IntArray
@@ -69,10 +70,9 @@ def drafter_text(
     processor = LogitProcessor(params, prompt_ids, logits.shape[1], ())
     rows = np.zeros(len(tokens), np.int64)
     processed = processor.process(logits, DraftTree.empty(), rows)
-    perturbed = perturb([TokenChooser(params)], processed, [np.arange(len(prompt_ids), len(whole))])
-    best, guesses = perturbed.topk(shape.children, dim=1)
-    chances: FloatArray = (best / perturbed.sum(1, keepdim=True)).double().numpy()
-    hits = guesses.numpy() == tokens[:, None]
+    streams = streams_of([TokenChooser(params)], [np.arange(len(prompt_ids), len(whole))])
+    guessed, chances = guesses(processed, streams, shape.children)
+    hits = guessed == tokens[:, None]
     return Text(np.where(hits.any(1), hits.argmax(1), chances.shape[1]), chances)
 
 

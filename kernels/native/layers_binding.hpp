@@ -93,7 +93,7 @@ PyObject* guess(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     if (!read_all(args, 5, a) || !states.read(args[5], NPY_UINT64) || !positions.read(args[6], NPY_INT64) ||
         !noisy.read(args[7], NPY_BOOL))
         return nullptr;
-    if (states.size != positions.size || noisy.size != positions.size || a[4] > a[3] || a[3] > a[2])
+    if (states.size != positions.size || noisy.size != positions.size || !a[4] || a[4] > a[3] || a[3] > a[2])
         return PyErr_Format(PyExc_ValueError, "streams or sizes that do not belong together");
     npy_intp shape[] = {static_cast<npy_intp>(positions.size), static_cast<npy_intp>(a[4])};
     PyObject *ids = PyArray_SimpleNew(2, shape, NPY_INT64), *shares = PyArray_SimpleNew(2, shape, NPY_FLOAT64);

@@ -8,6 +8,8 @@ import torch
 from outrider.kernels.native import library
 
 NATIVE = library.load()
+LAYERS = library.layers(torch.empty(0))
+"""What computes between them, or None."""
 PATHS = NATIVE.paths() if NATIVE else []
 DTYPES = [torch.bfloat16, torch.float32]
 SHAPES = [(640, 384), (384, 1024), (64, 32), (33, 7), (1, 129), (17, 31), (100, 95), (31, 1)]

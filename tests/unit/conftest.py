@@ -1,10 +1,12 @@
 """What several files of tests stand on."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 
 import pytest
 import torch
-from instruments.native_linears import NATIVE
+from instruments.native_linears import LAYERS, NATIVE
 from sockets import connecting
 
 from outrider.actors.grpc_client import DraftClient
@@ -29,11 +31,24 @@ def client(io: IoThread) -> Iterator[DraftClient]:
 @pytest.fixture
 def linear_path(request: pytest.FixtureRequest) -> Iterator[None]:
     """Native linear layers by one instruction set; see ``instruments.native_linears``."""
-    assert NATIVE is not None
-    before = NATIVE.selected()
-    NATIVE.select(request.param)
+    with _selected(NATIVE, request.param):
+        yield
+
+
+@pytest.fixture(params=LAYERS.paths() if LAYERS else [])
+def layers_path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What is native between linear layers, by each instruction set."""
+    with _selected(LAYERS, request.param):
+        yield
+
+
+@contextmanager
+def _selected(module: ModuleType | None, path: str) -> Iterator[None]:
+    assert module is not None
+    before = module.selected()
+    module.select(path)
     yield
-    NATIVE.select(before)
+    module.select(before)
 
 
 @pytest.fixture

@@ -1,33 +1,20 @@
 """What drafters guess: the native kernel against PyTorch's operators and the target's own draws."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
+from instruments.native_linears import LAYERS
 
 from outrider.kernels.guesses import Streams, guesses, guesses_reference
-from outrider.kernels.native import library
 from outrider.speculation.sampling import TokenChooser, streams_of
 from outrider.speculation.sampling_params import SamplingParams
 
-NATIVE = library.layers(torch.empty(0))
-PATHS = NATIVE.paths() if NATIVE else []
 pytestmark = [
-    pytest.mark.skipif(NATIVE is None, reason="the native module was not built"),
-    pytest.mark.usefixtures("path"),
+    pytest.mark.skipif(LAYERS is None, reason="the native module is not built or is switched off"),
+    pytest.mark.usefixtures("layers_path"),
 ]
 SIZES = [1, 3, 16, 63, 64, 65, 300, 4096]
 SEEDED, GREEDY = SamplingParams(seed=7), SamplingParams(temperature=0)
-
-
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> Iterator[None]:
-    assert NATIVE is not None
-    before = NATIVE.selected()
-    NATIVE.select(request.param)
-    yield
-    NATIVE.select(before)
 
 
 def streams(rows: int) -> Streams:
@@ -102,3 +89,5 @@ def test_what_does_not_belong_together_is_refused() -> None:
     for wrong in (logits[:3], logits.T[:4], logits[:, ::2]):
         with pytest.raises(ValueError, match="logits"):
             guesses(wrong, streams(4), 2)
+    with pytest.raises(ValueError, match="do not belong together"):
+        guesses(logits, streams(4), 0)

@@ -1,7 +1,6 @@
 """Native norms, activation and attention on every instruction set of this processor."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,32 +8,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from instruments.native_linears import LAYERS
 from instruments.sanitized import run_sanitized
 
-from outrider.kernels.native import library
 from outrider.kernels.path_attention import PathAttention, PathKeys, path_attention_reference
 from outrider.kernels.pointwise import rms_norm, silu_mul
 
-NATIVE = library.layers(torch.empty(0))
-PATHS = NATIVE.paths() if NATIVE else []
 DTYPES = [torch.bfloat16, torch.float32]
 SIZES = (1, 7, 8, 20, 64, 100)
 BLOCK = 4
 NUM_BLOCKS = 200
 
 pytestmark = [
-    pytest.mark.skipif(NATIVE is None, reason="the native module is not built or is switched off"),
-    pytest.mark.usefixtures("path"),
+    pytest.mark.skipif(LAYERS is None, reason="the native module is not built or is switched off"),
+    pytest.mark.usefixtures("layers_path"),
 ]
-
-
-@pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest) -> Iterator[None]:
-    assert NATIVE is not None
-    before = NATIVE.selected()
-    NATIVE.select(request.param)
-    yield
-    NATIVE.select(before)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -134,8 +122,8 @@ class Attended:
     @property
     def by_tiles(self) -> bool:
         """Whether products are AMX's, of queries and weights that are rounded to bfloat16."""
-        assert NATIVE is not None
-        return NATIVE.selected() == "amx" and self.heads.dtype is torch.bfloat16 and self.shape[2] % 32 == 0
+        assert LAYERS is not None
+        return LAYERS.selected() == "amx" and self.heads.dtype is torch.bfloat16 and self.shape[2] % 32 == 0
 
     def run(self, rows: Any = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         """What the rows attend, computed together, and the pool afterwards."""
@@ -145,7 +133,7 @@ class Attended:
         heads = self.heads[torch.from_numpy(taken)]
         out = heads.new_empty(len(taken), H * D)
         attention = PathAttention(
-            NATIVE,
+            LAYERS,
             keys,
             turns=self.turns,
             positions=torch.from_numpy(taken),
@@ -252,7 +240,7 @@ def test_many_rows_are_split_over_threads_and_stay_the_same(caplog: pytest.LogCa
             torch.set_num_threads(threads)
             out, pool = torch.empty(rows, H * D), random(length, 2, G, D, seed=4)
             attention = PathAttention(
-                NATIVE,
+                LAYERS,
                 keys,
                 turns=torch.ones(rows, 2, D // 2, dtype=torch.complex64),
                 positions=torch.arange(rows),
