@@ -115,25 +115,27 @@ constexpr Block BY_AVX512[] = TWELVE(AVX512_BLOCK);
 
 template <size_t R>
 AVX512_BF16 static void bf16_block(const Job& job, const Pass& pass) {
-    const uint16_t* w = reinterpret_cast<const uint16_t*>(job.weights->group(pass.group));
+    const uint16_t* line = reinterpret_cast<const uint16_t*>(job.weights->group(pass.group));
     const uint16_t* x = static_cast<const uint16_t*>(job.x) + pass.row * job.stride;
-    Lookahead ahead(*job.weights, pass);
+    const size_t stride = job.stride;
+    Lookahead ahead(*job.weights, pass, ahead_of<R>);
     __m512 total[R][2];
-    for (auto& of_row : total) of_row[0] = of_row[1] = _mm512_setzero_ps();
-    for (size_t k = 0; k < job.weights->padded; k += 2) {
-        const uint16_t* line = line_of(w, k);
-        ahead.step();
-        __m512bh left = (__m512bh)_mm512_load_si512(line);
-        __m512bh right = (__m512bh)_mm512_load_si512(line + RIGHT<uint16_t>);
 #pragma GCC unroll 12
-        for (size_t r = 0; r < R; r++) {
-            int pair;
-            std::memcpy(&pair, x + r * job.stride + k, 4);
-            __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
-            total[r][0] = _mm512_dpbf16_ps(total[r][0], left, value);
-            total[r][1] = _mm512_dpbf16_ps(total[r][1], right, value);
+    for (size_t r = 0; r < R; r++) total[r][0] = total[r][1] = _mm512_setzero_ps();
+    for (size_t step = 0; step < job.weights->padded; step += STEP, line += RIGHT<uint16_t>)
+        for (const uint16_t* end = line + TILE; line != end; line += 32, x += 2) {
+            ahead.step();
+            __m512bh left = (__m512bh)_mm512_load_si512(line);
+            __m512bh right = (__m512bh)_mm512_load_si512(line + RIGHT<uint16_t>);
+#pragma GCC unroll 12
+            for (size_t r = 0; r < R; r++) {
+                int pair;
+                std::memcpy(&pair, x + r * stride, 4);
+                __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+                total[r][0] = _mm512_dpbf16_ps(total[r][0], left, value);
+                total[r][1] = _mm512_dpbf16_ps(total[r][1], right, value);
+            }
         }
-    }
     alignas(64) float sums[R * WIDTH];
 #pragma GCC unroll 12
     for (size_t r = 0; r < R; r++) {

@@ -88,25 +88,26 @@ AVX2 static void to_pairs(const Weights& w, const uint16_t* x, size_t rows, Whol
 // ---- AVX512-VNNI: four products of bytes per lane ---------------------------------------------
 //
 // Upper and lower bytes are multiplied apart, both without a sign, so that an integer is
-// 256 (upper - 128) + lower. A row is its upper bytes, then its lower ones.
+// 256 (upper - 128) + lower. Of a row four upper bytes lie before the four lower ones.
 
 #define AVX512_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")))
 
-AVX512 static void split_bytes(const uint16_t* from, float factor, size_t ins, size_t padded, uint8_t* upper) {
-    uint8_t* lower = upper + padded;
+AVX512 static void split_bytes(const uint16_t* from, float factor, size_t ins, size_t, uint8_t* bytes) {
     size_t k = 0;
     for (; k + 16 <= ins; k += 16) {
         __m256i sixteen = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k));
         __m512 x = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(sixteen), 16));
         __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(factor)));
-        __m512i above = _mm512_add_epi32(_mm512_srai_epi32(whole, 8), _mm512_set1_epi32(128));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(upper + k), _mm512_cvtepi32_epi8(above));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(lower + k), _mm512_cvtepi32_epi8(whole));
+        __m128i upper = _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_srai_epi32(whole, 8), _mm512_set1_epi32(128)));
+        __m128i lower = _mm512_cvtepi32_epi8(whole);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + 2 * k), _mm_unpacklo_epi32(upper, lower));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + 2 * k + 16), _mm_unpackhi_epi32(upper, lower));
     }
     for (; k < ins; k++) {
         const long whole = std::lrint(to_float(from[k]) * factor);
-        upper[k] = static_cast<uint8_t>((whole >> 8) + 128);
-        lower[k] = static_cast<uint8_t>(whole);
+        uint8_t* at = bytes + 2 * (k / QUAD * QUAD) + k % QUAD;
+        at[0] = static_cast<uint8_t>((whole >> 8) + 128);
+        at[QUAD] = static_cast<uint8_t>(whole);
     }
 }
 
@@ -114,24 +115,33 @@ AVX512 static void to_bytes(const Weights& w, const uint16_t* x, size_t rows, Wh
     lay_out_whole<split_bytes>(w, x, rows, into);
 }
 
+// Of 16 outputs the sums of a row, scaled.
+INLINE AVX512 __m512 scaled_sums(const Weights& w, size_t first, __m512i upper, __m512i lower, float row_scale) {
+    const __m512i excess = _mm512_slli_epi32(_mm512_loadu_si512(w.sums.data() + first), 7);
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_sub_epi32(upper, excess));
+    const __m512 whole = _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(lower));
+    return _mm512_mul_ps(_mm512_mul_ps(whole, _mm512_set1_ps(row_scale)), _mm512_loadu_ps(w.scales.data() + first));
+}
+
 template <size_t R>
 AVX512_VNNI static void vnni_block(const Job& job, const Pass& pass) {
-    const char* w = job.weights->group(pass.group);
+    const Weights& weights = *job.weights;
+    const char *w = weights.group(pass.group), *end = w + weights.group_bytes();
     const uint8_t* x = static_cast<const uint8_t*>(job.x) + pass.row * job.stride;
-    const size_t padded = job.weights->padded;
-    Lookahead ahead(*job.weights, pass);
+    const size_t stride = job.stride;
+    Lookahead ahead(weights, pass, ahead_of<R>);
     __m512i upper[R][2], lower[R][2];
 #pragma GCC unroll 6
     for (size_t r = 0; r < R; r++) upper[r][0] = upper[r][1] = lower[r][0] = lower[r][1] = _mm512_setzero_si512();
-    for (size_t k = 0; k < padded; k += QUAD, w += QUAD * WIDTH) {
+    for (; w != end; w += QUAD * WIDTH, x += 2 * QUAD) {
         ahead.step();
         __m512i left = _mm512_load_si512(w), right = _mm512_load_si512(w + 64);
 #pragma GCC unroll 6
         for (size_t r = 0; r < R; r++) {
-            int four[2];
-            std::memcpy(four, x + r * job.stride + k, 4);
-            std::memcpy(four + 1, x + r * job.stride + padded + k, 4);
-            __m512i high = _mm512_set1_epi32(four[0]), low = _mm512_set1_epi32(four[1]);
+            int of_upper, of_lower;
+            std::memcpy(&of_upper, x + r * stride, 4);
+            std::memcpy(&of_lower, x + r * stride + QUAD, 4);
+            __m512i high = _mm512_set1_epi32(of_upper), low = _mm512_set1_epi32(of_lower);
             upper[r][0] = _mm512_dpbusd_epi32(upper[r][0], high, left);
             upper[r][1] = _mm512_dpbusd_epi32(upper[r][1], high, right);
             lower[r][0] = _mm512_dpbusd_epi32(lower[r][0], low, left);
@@ -139,17 +149,14 @@ AVX512_VNNI static void vnni_block(const Job& job, const Pass& pass) {
         }
     }
     alignas(64) float sums[R * WIDTH];
-    for (size_t side = 0; side < 2; side++) {
-        const size_t first = pass.group * WIDTH + side * 16;
-        const __m512i excess = _mm512_slli_epi32(_mm512_loadu_si512(job.weights->sums.data() + first), 7);
-        const __m512 scales = _mm512_loadu_ps(job.weights->scales.data() + first);
+    const size_t first = pass.group * WIDTH;
 #pragma GCC unroll 6
-        for (size_t r = 0; r < R; r++) {
-            __m512 high = _mm512_cvtepi32_ps(_mm512_sub_epi32(upper[r][side], excess));
-            __m512 whole = _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(lower[r][side]));
-            __m512 scaled = _mm512_mul_ps(whole, _mm512_set1_ps(job.row_scales[pass.row + r]));
-            _mm512_store_ps(sums + r * WIDTH + side * 16, _mm512_mul_ps(scaled, scales));
-        }
+    for (size_t r = 0; r < R; r++) {
+        // They come from registers: otherwise compilers store them in the loop above, each time.
+        asm("" : "+v"(upper[r][0]), "+v"(upper[r][1]), "+v"(lower[r][0]), "+v"(lower[r][1]));
+        const float scale = job.row_scales[pass.row + r];
+        _mm512_store_ps(sums + r * WIDTH, scaled_sums(weights, first, upper[r][0], lower[r][0], scale));
+        _mm512_store_ps(sums + r * WIDTH + 16, scaled_sums(weights, first + 16, upper[r][1], lower[r][1], scale));
     }
     store<uint16_t>(job, pass.group, pass.row, R, sums);
 }

@@ -25,7 +25,7 @@
 
 namespace outrider {
 
-constexpr size_t AHEAD = 2048;             // bytes by which weights are prefetched
+constexpr size_t AHEAD = 2048;             // bytes by which weights are prefetched, see ahead_of
 constexpr size_t THREAD_WORK = 96u << 10;  // bytes of weights that are worth waking a thread for
 
 // One call. x holds rows of `stride` elements, of the type the kernel wants.
@@ -98,6 +98,11 @@ struct Pass {
 // Computes rows [row, row + R) of one group, R being the block's own.
 using Block = void (*)(const Job&, const Pass&);
 
+// The more there is to do with a line, the fewer lines a processor sees coming by itself. For blocks of R rows that
+// compute as fast as memory brings weights.
+template <size_t R>
+constexpr size_t ahead_of = AHEAD * (R < 3 ? 2 : 4);
+
 // Fetches weights before they are needed, called once for every 128 bytes that are. The first block
 // reads them from memory and the others from the cache: if only that one looked ahead, memory would
 // stand still while they compute. So each fetches its share of the next group.
@@ -105,8 +110,8 @@ struct Lookahead {
     const char* line;
     size_t passes, due = 0;
 
-    Lookahead(const Weights& weights, const Pass& pass) : passes(pass.passes) {
-        line = passes == 1 ? weights.group(pass.group) + AHEAD
+    Lookahead(const Weights& weights, const Pass& pass, size_t distance = AHEAD) : passes(pass.passes) {
+        line = passes == 1 ? weights.group(pass.group) + distance
                            : weights.group(pass.group + 1) + weights.group_bytes() * pass.number / passes / 64 * 64;
     }
 #if OUTRIDER_X86
