@@ -5,11 +5,12 @@
 // Steps as they lie in memory.
 class PlainSteps {
   public:
-    static constexpr size_t LAG = 0;  // steps between fetching and use
+    static constexpr size_t LAG = 0;       // steps between fetching and use
+    static constexpr size_t AHEAD = 1024;  // bytes by which they are prefetched
 
     explicit PlainSteps(const char* weights) : weights(weights) {}
     MEMBER AMX void fetch(size_t i) const {
-        const char* ahead = weights + i * STEP * WIDTH * 2 + AHEAD / 2;
+        const char* ahead = weights + i * STEP * WIDTH * 2 + AHEAD;
 #pragma GCC unroll 32
         for (size_t line = 0; line < STEP * WIDTH * 2; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
     }

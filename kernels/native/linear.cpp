@@ -25,7 +25,7 @@
 
 namespace outrider {
 
-constexpr size_t AHEAD = 2048;             // bytes by which weights are prefetched, see ahead_of
+constexpr size_t AHEAD = 8192;             // bytes by which weights are prefetched
 constexpr size_t THREAD_WORK = 96u << 10;  // bytes of weights that are worth waking a thread for
 
 // One call. x holds rows of `stride` elements, of the type the kernel wants.
@@ -98,10 +98,9 @@ struct Pass {
 // Computes rows [row, row + R) of one group, R being the block's own.
 using Block = void (*)(const Job&, const Pass&);
 
-// The more there is to do with a line, the fewer lines a processor sees coming by itself. For blocks of R rows that
-// compute as fast as memory brings weights.
+// Where little is to be done with a line, a processor sees many of them coming by itself.
 template <size_t R>
-constexpr size_t ahead_of = AHEAD * (R < 3 ? 2 : 4);
+constexpr size_t ahead_of = R < 3 ? AHEAD / 2 : AHEAD;
 
 // Fetches weights before they are needed, called once for every 128 bytes that are. The first block
 // reads them from memory and the others from the cache: if only that one looked ahead, memory would
