@@ -15,6 +15,7 @@
 #include "noise.hpp"
 #include "numbers.hpp"
 #include "openmp.hpp"
+#include "products.hpp"
 #include "tiles.hpp"
 
 namespace outrider {
@@ -206,6 +207,26 @@ INLINE void transpose(Vec* tile) {
 #pragma GCC pop_options
 #endif
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
+#endif
+namespace avx512_bf16 {
+
+using namespace avx512;
+
+#include "products_by_vectors.hpp"
+#include "attention_pairs.hpp"
+
+}  // namespace avx512_bf16
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
 #if OUTRIDER_AMX
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma"))), apply_to = function)
@@ -217,7 +238,8 @@ namespace amx {
 
 using namespace avx512;
 
-#include "attention_amx.hpp"
+#include "products_by_tiles.hpp"
+#include "attention_pairs.hpp"
 
 }  // namespace amx
 #if defined(__clang__)
@@ -253,14 +275,15 @@ struct Path {
     }
 };
 
-#define OF(set, T) {set::rms_norm<T>, set::silu_mul<T>, set::guess<T>, set::place<T>, set::attend<T>}
+#define ALL_BUT_ATTENTION(set, T) set::rms_norm<T>, set::silu_mul<T>, set::guess<T>, set::place<T>
+#define OF(set, T) {ALL_BUT_ATTENTION(set, T), set::attend<T>}
+#define BY_PAIRS(set) {ALL_BUT_ATTENTION(avx512, uint16_t), set::attend}, OF(avx512, float)
 static const Path PATHS[] = {
 #if OUTRIDER_AMX
-    {"amx", has_amx,
-     {avx512::rms_norm<uint16_t>, avx512::silu_mul<uint16_t>, avx512::guess<uint16_t>, avx512::place<uint16_t>, amx::attend},
-     OF(avx512, float)},
+    {"amx", has_amx, BY_PAIRS(amx)},
 #endif
 #if OUTRIDER_X86
+    {"avx512_bf16", has_avx512_bf16, BY_PAIRS(avx512_bf16)},
     {"avx512", has_avx512, OF(avx512, uint16_t), OF(avx512, float)},
     {"avx2", has_avx2, OF(avx2, uint16_t), OF(avx2, float)},
 #endif

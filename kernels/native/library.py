@@ -130,8 +130,7 @@ def _load_layers() -> ModuleType | None:
         except ImportError:
             pass
         else:
-            # There is nothing here for single products of bfloat16 or bytes.
-            wanted = {"avx512_bf16": "avx512", "avx512_vnni": "avx512"}.get(wanted, wanted)
+            wanted = {"avx512_vnni": "avx512"}.get(wanted, wanted)  # nothing here multiplies bytes
             if wanted in _layers.paths():
                 _layers.select(wanted)
             return _layers

@@ -19,10 +19,6 @@
 #include "tiles.hpp"
 #include "weights.hpp"
 
-#if OUTRIDER_X86
-#include <cpuid.h>
-#endif
-
 namespace outrider {
 
 constexpr size_t AHEAD = 8192;             // bytes by which weights are prefetched
@@ -180,15 +176,6 @@ struct Path {
         return w.kind == Kind::bfloat16 ? bfloat16 : float32;
     }
 };
-
-#if OUTRIDER_X86
-static bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
-
-static bool has_avx512_bf16() {  // with VNNI on every processor
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return has_avx512_vnni() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
-}
-#endif
 
 #define KERNEL(blocks) by_blocks<sizeof(blocks) / sizeof(Block), blocks>
 #define BOTH(blocks) KERNEL(blocks<uint16_t>), KERNEL(blocks<float>)

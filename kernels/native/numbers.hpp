@@ -6,6 +6,7 @@
 #include <cstring>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #define OUTRIDER_X86 1
 #endif
@@ -40,6 +41,13 @@ inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_
 inline bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && has_avx2();
+}
+
+inline bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+inline bool has_avx512_bf16() {  // with VNNI on every processor
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return has_avx512_vnni() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
 #endif
 

@@ -9,7 +9,6 @@
 
 #if OUTRIDER_X86 && defined(__linux__) && \
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
-#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #define OUTRIDER_AMX 1
@@ -27,9 +26,8 @@ struct alignas(64) TileConfig {
 
 inline bool has_amx() {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!has_avx512() || !__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vbmi2")) return false;
-    if (!__builtin_cpu_supports("avx512vnni")) return false;
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;  // AVX512-BF16
+    if (!has_avx512_bf16()) return false;
+    if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vbmi2")) return false;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
     if (!(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // AMX-BF16 and AMX-TILE
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // Linux lends tiles on demand only

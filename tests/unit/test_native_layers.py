@@ -120,10 +120,11 @@ class Attended:
         self.norm = random(H + G, D, seed=3) if qk_norm else None
 
     @property
-    def by_tiles(self) -> bool:
-        """Whether products are AMX's, of queries and weights that are rounded to bfloat16."""
+    def by_pairs(self) -> bool:
+        """Whether products are of queries and weights that are rounded to bfloat16."""
         assert LAYERS is not None
-        return LAYERS.selected() == "amx" and self.heads.dtype is torch.bfloat16 and self.shape[2] % 32 == 0
+        multiplies_pairs = LAYERS.selected() in ("amx", "avx512_bf16")
+        return multiplies_pairs and self.heads.dtype is torch.bfloat16 and self.shape[2] % 32 == 0
 
     def run(self, rows: Any = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         """What the rows attend, computed together, and the pool afterwards."""
@@ -171,7 +172,7 @@ class Attended:
         pool = self.pool.double()
         pool[self.slots] = torch.cat((turned[:, H:], heads[:, H + G :]), 1).view(rows, 2, G, D)
         q = turned[:, :H].reshape(rows, G, H // G, D)
-        if self.by_tiles:
+        if self.by_pairs:
             q = q.to(torch.bfloat16).double()
         return path_attention_reference(q, filled, self.keys, BLOCK).reshape(rows, H * D), pool
 
@@ -189,7 +190,7 @@ def test_attention(dtype: torch.dtype, shape: tuple[int, int, int], qk_norm: boo
     assert pool.dtype is dtype
     rounding = 0.51 * torch.finfo(dtype).eps if dtype is torch.bfloat16 else 0
     torch.testing.assert_close(pool.double(), want_pool, rtol=rounding + 1e-5, atol=1e-5)
-    of_weights = 2**-8 if attended.by_tiles else 0
+    of_weights = 2**-8 if attended.by_pairs else 0
     torch.testing.assert_close(got.double(), want, rtol=0.51 * torch.finfo(dtype).eps, atol=2e-5 + of_weights)
 
 
