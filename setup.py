@@ -39,6 +39,7 @@ setup(
             "compact_steps.hpp",
             "avx2.hpp",
             "blocks.hpp",
+            "bf16.hpp",
             "int8.hpp",
             "int8_whole.hpp",
             "amx.hpp",
