@@ -94,13 +94,8 @@ INLINE void score_all(const float* turned, size_t count, const float* queries, s
 // The largest of scores; `count` is a multiple of LANES.
 INLINE float largest(const float* scores, size_t count) {
     Vec most = splat(-INFINITY);
-    for (size_t j = 0; j < count; j += LANES) {
-        Vec value = load(scores + j);
-        most = either(value > most, value, most);
-    }
-    float each[LANES];
-    store(most, each);
-    return *std::max_element(each, each + LANES);
+    for (size_t j = 0; j < count; j += LANES) most = larger(load(scores + j), most);  // NaN is passed over
+    return largest(most);
 }
 
 // From scores to weights that are yet to be divided by what is returned; `count` is a multiple of LANES.

@@ -8,7 +8,7 @@ INLINE Vec logarithm(Vec x) {
     Vec f = (Vec)((bits & 0x007fffff) | 0x3f000000);  // [0.5, 1)
     const Ints small = f < splat(0.707106781186547524f);
     const Vec n = __builtin_convertvector(exponent + small, Vec);  // small is -1 where it is true
-    f = either(small, f + f, f) - 1.0f;
+    f = (small ? f + f : f) - 1.0f;
     Vec y = splat(7.0376836292e-2f);
     for (float each : {-1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
                        2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f})
@@ -25,7 +25,7 @@ INLINE Vec exponentials(Ints interval) {
     const Vec upper = __builtin_convertvector((interval >> 16) & 0xffff, Vec);
     const Vec lower = __builtin_convertvector(interval & 0xffff, Vec);
     const Vec u = fma(upper, splat(65536.0f), lower + 0.5f) * 0x1p-32f, rest = 1.0f - u;
-    return either(rest == splat(1.0f), u, -logarithm(rest) * (u / (1.0f - rest)));
+    return rest == splat(1.0f) ? u : -logarithm(rest) * (u / (1.0f - rest));
 }
 
 // Tokens that a row has guessed so far, the likeliest first.
@@ -50,14 +50,10 @@ template <class T>
 static void guess(const T* logits, size_t size, const Stream& stream, size_t count, int64_t* ids, double* shares) {
     Vec highest = splat(-INFINITY);
     size_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-        const Vec value = load(logits + i);
-        highest = either(value > highest, value, highest);
-    }
-    float values[LANES], most = -INFINITY;
-    store(highest, values);
-    for (float each : values) most = std::max(most, each);
+    for (; i + LANES <= size; i += LANES) highest = larger(load(logits + i), highest);  // NaN is passed over
+    float most = largest(highest);
     for (; i < size; i++) {
+        float values[LANES];
         store(load(logits + i, 1), values);
         most = std::max(most, values[0]);
     }
@@ -68,7 +64,7 @@ static void guess(const T* logits, size_t size, const Stream& stream, size_t cou
     for (size_t first = 0; first < size; first += GUESSED) {
         if (stream.gamma) Stream::intervals(stream, first, intervals);
         const size_t end = std::min(GUESSED, size - first);
-        Vec largest = {};
+        Vec best_of_all = {};
         for (size_t j = 0; j < end; j += LANES) {
             Vec score = exponential(load(logits + first + j, end - j) - most);
             if (stream.gamma) {
@@ -80,10 +76,9 @@ static void guess(const T* logits, size_t size, const Stream& stream, size_t cou
             for (size_t k = end; k < j + LANES; k++) scores[k] = 0.0f;  // there are no such tokens
             score = load(scores + j);
             total = total + score;
-            largest = either(score > largest, score, largest);
+            best_of_all = larger(score, best_of_all);
         }
-        store(largest, values);
-        if (*std::max_element(values, values + LANES) > best.least())
+        if (largest(best_of_all) > best.least())
             for (size_t j = 0; j < end; j++) best.offer(static_cast<int64_t>(first + j), scores[j]);
     }
     const float sum_of_all = sum(total);

@@ -72,6 +72,23 @@ INLINE Halves narrow(Ints x) { return __builtin_convertvector(x, Halves); }
 
 INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 
+// As the processors' instructions: b where one of them is not a number.
+INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+
+// Of a vector's numbers, halves first.
+INLINE float sum(Vec x) {
+    for (size_t half = LANES / 2; half; half /= 2)
+        for (size_t i = 0; i < half; i++) x[i] += x[i + half];
+    return x[0];
+}
+
+INLINE float largest(Vec x) {
+    for (size_t i = 1; i < LANES; i++) x[0] = x[i] > x[0] ? x[i] : x[0];
+    return x[0];
+}
+
 INLINE void transpose(Vec* tile) {
     for (size_t i = 0; i < LANES; i++)
         for (size_t j = 0; j < i; j++) {
@@ -111,6 +128,22 @@ INLINE Ints widen(Halves x) { return (Ints)_mm256_cvtepu16_epi32((__m128i)x); }
 INLINE Halves narrow(Ints x) { return __builtin_convertvector(x, Halves); }
 
 INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+
+INLINE Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+
+INLINE Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+
+INLINE float sum(Vec x) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+INLINE float largest(Vec x) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
 
 INLINE void transpose(Vec* tile) {
     __m256 pairs[8], fours[8];
@@ -163,6 +196,14 @@ INLINE Ints widen(Halves x) { return (Ints)_mm512_cvtepu16_epi32((__m256i)x); }
 INLINE Halves narrow(Ints x) { return (Halves)_mm512_cvtepi32_epi16((__m512i)x); }
 
 INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+
+INLINE Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+
+INLINE Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+
+INLINE float sum(Vec x) { return _mm512_reduce_add_ps(x); }
+
+INLINE float largest(Vec x) { return _mm512_reduce_max_ps(x); }
 
 INLINE void transpose(Vec* tile) {
     __m512 pairs[16], fours[16], eights[16];

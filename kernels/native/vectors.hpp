@@ -14,8 +14,7 @@ INLINE void store(Vec value, float* to) { *reinterpret_cast<Vec*>(to) = value; }
 INLINE void store(Vec value, uint16_t* to) {  // see to_bfloat16
     Ints bits = (Ints)value;
     Ints rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    Ints is_nan = value != value;
-    rounded = (rounded & ~is_nan) | ((Ints{} + 0x7fc00000) & is_nan);
+    rounded = value != value ? Ints{} + 0x7fc00000 : rounded;
     Halves halves = narrow((rounded >> 16) & 0xffff);
     std::memcpy(to, &halves, sizeof halves);
 }
@@ -37,22 +36,11 @@ INLINE void store(Vec value, T* to, size_t count) {
     std::memcpy(to, values, count * sizeof(T));
 }
 
-INLINE Vec either(Ints mask, Vec yes, Vec no) { return mask ? yes : no; }
-
-INLINE float sum(Vec value) {
-    float total[LANES];
-    store(value, total);
-    for (size_t half = LANES / 2; half; half /= 2)
-        for (size_t i = 0; i < half; i++) total[i] += total[i + half];
-    return total[0];
-}
-
-// e^x to 2 units in the last place, 0 below -87.3; NaN stays NaN. Cephes' way: 2^n times a
+// e^x to 2 units in the last place, 0 below -87.7; NaN stays NaN. Cephes' way: 2^n times a
 // polynomial of what is left of x, which lies within half of log 2.
 INLINE Vec exponential(Vec x) {
-    const Vec most = splat(88.3762626647949f), least = splat(-87.33654475f), magic = splat(12582912.0f);
-    Ints vanishes = x < least;
-    x = either(x > most, most, either(vanishes, least, x));
+    const Vec magic = splat(12582912.0f);
+    x = larger(splat(-88.0f), smaller(splat(88.3762626647949f), x));  // n is from -127, for which 2^n is 0
     Vec shifted = fma(x, splat(1.44269504088896341f), magic), n = shifted - magic;
     Vec r = fma(n, splat(-0.693359375f), x);
     r = fma(n, splat(2.12194440e-4f), r);
@@ -64,5 +52,5 @@ INLINE Vec exponential(Vec x) {
     y = fma(y, r, splat(5.0000001201e-1f));
     y = fma(y, r * r, r + 1.0f);
     Vec scale = (Vec)(((Ints)shifted - (Ints)magic + 127) << 23);
-    return either(vanishes, Vec{}, y * scale);
+    return y * scale;
 }
