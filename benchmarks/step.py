@@ -1,11 +1,11 @@
-"""One step of a decoder against a loop of ``F.linear``, and what else it is worth being compared with.
+"""One step of a decoder against a lean one of PyTorch, and what else it is worth being compared with.
 
     python benchmarks/step.py [--parameters 120M] [--rows 1 4 8 16 32] [--context 256] [--turns 15]
 
-The embedded target, inflated, and the embedded draft model, in bfloat16. The loop calls ``F.linear`` for
-every linear layer and does nothing else; a step is all that a decoder does for so many rows below a text,
-from laying out the batch to logits. What is compared takes turns, on one thread; ratios are those of each
-turn. Nothing else should run meanwhile. The draft's step is also compared with what it takes without native
+The embedded target, inflated, and the embedded draft model, in bfloat16. A step is all that a decoder does for
+so many rows below a text, from laying out the batch to logits. It is compared with a step of PyTorch's operators
+(``lean_loop.py``), and linear layers with a loop that calls ``F.linear`` for every one of them and does nothing
+else. What is compared takes turns, on one thread; ratios are those of each turn. Nothing else should run meanwhile. The draft's step is also compared with what it takes without native
 kernels, with PyTorch alone, in processes of their own that take turns.
 """
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import conditions, finish
+from lean_loop import LeanLoop
 
 from outrider.actors.model_runner import ModelRunner
 from outrider.actors.runner import TreeQuery
@@ -65,7 +66,7 @@ class Model:
         self._runner = ModelRunner(self.decoder, num_blocks=blocks_for(context + 2 * MAX_ROWS))
         self._text = KVSequence(self._runner.cache)
         self._text.reserve(context + MAX_ROWS)
-        tokens = np.arange(context) % self.decoder.config.vocab_size
+        tokens = self.tokens = np.arange(context) % self.decoder.config.vocab_size
         for start in range(0, context, MAX_ROWS):
             piece = tokens[start : start + MAX_ROWS]
             self._runner.verify([TreeQuery(sequence=self._text, tokens=piece, tree=None)])
@@ -139,14 +140,30 @@ def compared(ways: dict[str, Way], ratios: dict[str, tuple[str, str]], turns: in
     }
 
 
+def lean_loop(folder: Path, model: Model, args: argparse.Namespace) -> LeanLoop:
+    """Below the same text; that it computes the same is seen by its first choice for each row."""
+    rows = max(args.rows)
+    lean = LeanLoop(folder, args.context, rows)
+    lean.fill(torch.from_numpy(model.tokens))
+    same = (lean.step(torch.arange(rows)).argmax(1) == model.step(rows).argmax(1)).float().mean()
+    print(f"rows for which PyTorch's step has the same first choice: {same:.0%}")
+    return lean
+
+
 def of_target(folder: Path, args: argparse.Namespace, copy: float) -> dict[str, Any]:
     model, fast = Model(folder, args.context), Model(folder, args.context, numerics=FAST)
-    loops, by_rows = LinearLoops(model), {}
+    loops, lean, by_rows = LinearLoops(model), lean_loop(folder, model, args), {}
     for rows in args.rows:
         plain, linears = loops.ways(rows)
         figures = compared(
-            {"F.linear": plain, "linears": linears, "step": partial(model.step, rows)},
             {
+                "PyTorch": partial(lean.step, torch.arange(rows)),
+                "F.linear": plain,
+                "linears": linears,
+                "step": partial(model.step, rows),
+            },
+            {
+                "step over PyTorch": ("PyTorch", "step"),
                 "linears over F.linear": ("F.linear", "linears"),
                 "step over F.linear": ("F.linear", "step"),
                 "linears' share of a step": ("linears", "step"),
