@@ -1,4 +1,4 @@
-"""A decoder's step with PyTorch's operators alone, as lean as they allow: what native kernels are compared with."""
+"""A decoder's step with PyTorch's operators, as lean as they allow: what native kernels are compared with."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from outrider.models.weights import Checkpoint
 
 
 class LeanLoop:
-    """A Llama in bfloat16, its cache allocated once, query, key and value in one product, gate and up in another.
+    """A Llama in bfloat16, its cache allocated once, products that have the same input put together.
 
     Rows are a chain behind the text, and logits are computed for all of them, as a step of Outrider does.
     """

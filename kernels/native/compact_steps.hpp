@@ -2,7 +2,8 @@
 
 #define MEMBER inline __attribute__((always_inline))
 
-constexpr size_t COMPACT_AHEAD = 11 * COMPACT_TILE;  // bytes by which compact tiles are prefetched
+template <int CACHE>
+constexpr size_t compact_ahead = (CACHE == FIRST_CACHE ? 16 : 11) * COMPACT_TILE;  // bytes by which tiles are fetched
 constexpr size_t ESCAPES_AHEAD = 192;
 
 // Decodes into the nearest cache, step by step. A tile that is loaded from what was just stored waits for it.
@@ -19,7 +20,7 @@ class CompactSteps {
         __builtin_prefetch(escapes + ESCAPES_AHEAD, 0, CACHE);
         uint16_t* into = ring[i % DEPTH];
         for (size_t tile = 0; tile < TILES; tile++)
-            decode_tile<CACHE>(tiles + (i * TILES + tile) * COMPACT_TILE, COMPACT_AHEAD, exponent_of_code, escapes,
+            decode_tile<CACHE>(tiles + (i * TILES + tile) * COMPACT_TILE, compact_ahead<CACHE>, exponent_of_code, escapes,
                               into + tile * TILE);
         asm volatile("" : : "r"(into) : "memory");  // intrinsics that load tiles do not say what they read
     }
@@ -42,7 +43,7 @@ class Plain {
         const uint8_t* tile = reinterpret_cast<const uint8_t*>(weights.group(group));
         const uint8_t* escapes = weights.escapes[group];
         for (size_t i = 0; i < tiles; i++, tile += COMPACT_TILE)
-            decode_tile<CACHE>(tile, COMPACT_AHEAD, weights.exponent_of_code, escapes, memory[i].weights);
+            decode_tile<CACHE>(tile, compact_ahead<CACHE>, weights.exponent_of_code, escapes, memory[i].weights);
         return reinterpret_cast<const char*>(memory.data());
     }
 
