@@ -6,7 +6,7 @@ The embedded target, inflated, and the embedded draft model, in bfloat16. A step
 for so many rows below a text, from laying out the batch to logits. It is compared with a step of PyTorch's
 operators (``lean_loop.py``), and linear layers with a loop that calls ``F.linear`` for every one of them and
 does nothing else. What is compared takes turns, on one thread; ratios are those of each turn. Nothing else
-should run meanwhile. The draft's step is also compared with what it takes without native kernels, with PyTorch
+should run meanwhile. The draft's step is also compared with what it takes without native kernels, by PyTorch
 alone, in processes of their own that take turns.
 """
 
