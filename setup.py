@@ -39,7 +39,6 @@ setup(
             "compact_steps.hpp",
             "avx2.hpp",
             "blocks.hpp",
-            "bf16.hpp",
             "int8.hpp",
             "int8_whole.hpp",
             "amx.hpp",

@@ -8,6 +8,7 @@ are compared, ratios are per prompt.
 """
 
 import argparse
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -83,12 +84,20 @@ def compare(llm: LLM, prompts: list[str], temperature: float, tokens: int) -> di
                 times[speculative].append(seconds)
         identical += seen[True] == seen[False]
     ratio = median_ratio(times[False], times[True])
+    plain, speculative = (round(tokens / statistics.median(times[way]), 1) for way in (False, True))
     print(
         f"T={temperature}: {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) times plain, "
+        f"{speculative} tokens a second for {plain}, "
         f"mean acceptance length {stats.mean_acceptance_length:.2f}, "
         f"{identical} of {len(prompts)} identical"
     )
-    return {"ratio": ratio, "identical": identical, "of": len(prompts), **stats.as_dict()}
+    return {
+        "ratio": ratio,
+        "tokens_per_second": {"plain": plain, "serial": speculative},
+        "identical": identical,
+        "of": len(prompts),
+        **stats.as_dict(),
+    }
 
 
 if __name__ == "__main__":

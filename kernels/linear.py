@@ -48,20 +48,16 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
 class Linear:
     """``x @ weight.T + bias``; weight ``[out, in]``, x ``[rows, in]`` contiguous, result ``[rows, out]``.
 
-    step_weights: numbers that a step reads in this layer and others, where they are known; few stay in the
-    caches, and so as they are.
     packed: the weights stand in a layout of their own, and the given tensor is not kept.
     native: the native kernel's, or None.
     """
 
     __slots__ = ("_bias", "_dtype", "_weight", "native", "packed", "shape")
 
-    def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, step_weights: int | None = None
-    ) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.shape = (weight.shape[0], weight.shape[1])
         self._dtype, self._bias = weight.dtype, bias
-        self.native = library.pack(weight, bias, step_weights=step_weights)
+        self.native = library.pack(weight, bias)
         self._weight = weight if self.native is None else weight.new_empty(0)
         self.packed = self.native is not None
         if not self.packed and can_pack_with_onednn(weight):

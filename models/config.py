@@ -67,13 +67,6 @@ class ModelConfig:
     dtype: str
     """Type of the saved weights, one of ``DTYPES``."""
 
-    @property
-    def linear_weights(self) -> int:
-        """Numbers in the weights of all linear layers, which a step reads."""
-        of_heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        of_layer = self.hidden_size * (of_heads + 3 * self.intermediate_size)
-        return self.num_layers * of_layer + self.vocab_size * self.hidden_size
-
 
 def load_config(folder: Path) -> ModelConfig:
     """Configuration of the model in ``folder``.

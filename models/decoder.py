@@ -64,9 +64,7 @@ class Decoder:
         self.window = config.sliding_window if slides else None
         """Tokens that a row attends; None where that is the whole context."""
         self.embedding = self.shard.of_vocabulary(checkpoint, "model.embed_tokens.weight", dtype, device)
-        make_linear = linear_maker(
-            quantization, checkpoint.folder, device, step_weights=self.config.linear_weights
-        )
+        make_linear = linear_maker(quantization, checkpoint.folder, device)
         self.blocks = [
             Block(
                 self.shard,

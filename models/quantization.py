@@ -1,7 +1,6 @@
 """How the weights of linear layers stand in memory: as they were saved, or, in drafters, with eight bits."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,17 +15,15 @@ MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], Linear]
 """``(weight, bias)``; see ``Linear``."""
 
 
-def linear_maker(
-    quantization: str | None, folder: Path, device: torch.device, *, step_weights: int
-) -> MakeLinear:
-    """What makes the layers of the checkpoint in ``folder``; a step reads so many weights.
+def linear_maker(quantization: str | None, folder: Path, device: torch.device) -> MakeLinear:
+    """What makes the layers of the checkpoint in ``folder``.
 
     Raises:
         InvalidConfigError: there is no such quantisation, or not on this device. What is returned raises
             CheckpointError where weights cannot be quantised.
     """
     if quantization is None:
-        return partial(Linear, step_weights=step_weights)
+        return Linear
     if quantization not in QUANTIZATIONS:
         raise InvalidConfigError(f"quantization must be {' or '.join(QUANTIZATIONS)}, not {quantization!r}")
     if device.type != "cpu":

@@ -180,7 +180,7 @@ def _of_linear(
         layers: list[Linear] = [Int8Linear(weight) for weight in weights]
         plain = [_int8_reference(weight) for weight in weights]
     else:
-        layers = [Linear(weight, step_weights=config.linear_weights) for weight in weights]
+        layers = [Linear(weight) for weight in weights]
         plain = [partial(F.linear, weight=weight) for weight in weights]
     for rows in plan.rows:
         x = torch.randn(rows, shape[1]).to(dtype)

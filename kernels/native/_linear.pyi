@@ -1,8 +1,6 @@
 class Packed:
     nbytes: int
-    def __init__(
-        self, weight: int, kind: int, outs: int, ins: int, bias: int, scales: int, step_weights: int, /
-    ) -> None: ...
+    def __init__(self, weight: int, kind: int, outs: int, ins: int, bias: int, scales: int, /) -> None: ...
     def __call__(self, x: int, y: int, rows: int, threads: int, /) -> None: ...
 
 class Stack:

@@ -22,9 +22,6 @@ class PlainSteps {
     const char* weights;
 };
 
-// Into the second cache: all that the first can wait for at once is less than memory can have under way.
-constexpr int AMX_CACHE = SECOND_CACHE;
-
 // Multiplies up to 32 rows of a step's inputs: tiles 4 and 5 hold x, 6 and 7 weights. Every element of a sum
 // takes the products of a tile in one order, however many rows it has.
 template <bool MORE_ROWS>
@@ -92,7 +89,7 @@ static void amx_pass(const Job& job, Steps&& steps, size_t first, size_t last, s
 
 static void in_passes(const Job& job, size_t first, size_t last, size_t passes, size_t rows) {
     const Weights& weights = *job.weights;
-    static thread_local Plain<AMX_CACHE> decoded;
+    static thread_local Plain decoded;
     for (size_t g = first; g < last; g++) {
         const char* plain = weights.compact() ? decoded.of(weights, g) : weights.group(g);
         // The last pass goes over some rows again rather than have tiles of another size.
@@ -116,7 +113,7 @@ AMX static void by_amx(const Job& job, size_t first, size_t last) {
     asm volatile("" : : "r"(&config), "r"(job.x) : "memory");
     _tile_loadconfig(&config);
     if (passes == 1 && weights.compact())
-        amx_pass(job, CompactSteps<AMX_CACHE>(weights, first), first, last, 0, count);
+        amx_pass(job, CompactSteps(weights, first), first, last, 0, count);
     else if (passes == 1)
         amx_pass(job, PlainSteps(weights.group(first)), first, last, 0, count);
     else

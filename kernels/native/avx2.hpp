@@ -111,7 +111,7 @@ struct PairsByAvx2 {
 template <class W, size_t R, size_t HALVES>
 INLINE AVX2 void avx2_sums(const Job& job, const Pass& pass, size_t half, float* sums, float* lost) {
     constexpr bool FEW = R < 3;  // there are registers for all the compiler wants
-    const char* w = pass.weights + half * W::HALF;
+    const char* w = job.weights->group(pass.group) + half * W::HALF;
     const size_t stride = W::stride(job), lines = job.weights->padded / W::INPUTS;
     const typename W::Number* x = static_cast<const typename W::Number*>(job.x) + pass.row * stride;
     Lookahead ahead(*job.weights, pass);

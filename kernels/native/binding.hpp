@@ -28,7 +28,7 @@ PyObject* packed_call(PyObject* self, PyObject* const* args, size_t nargs, PyObj
 }
 
 PyObject* packed_new(PyTypeObject* type, PyObject* args, PyObject*) {
-    size_t a[7];  // weights, kind, outs, ins, bias or 0, scales of weights of eight bits or 0, weights that a step reads
+    size_t a[6];  // weights, kind, outs, ins, bias or 0, scales of weights of eight bits or 0
     if (!read_all(&PyTuple_GET_ITEM(args, 0), PyTuple_GET_SIZE(args), a)) return nullptr;
     if (a[1] > 1) return PyErr_Format(PyExc_ValueError, "unknown kind %zu", a[1]);
     PyObject* object = type->tp_alloc(type, 0);
@@ -39,8 +39,7 @@ PyObject* packed_new(PyTypeObject* type, PyObject* args, PyObject*) {
     try {
         packed->linear = new outrider::Linear(*selected.load(), static_cast<outrider::Kind>(a[1]),
                                               reinterpret_cast<const void*>(a[0]), a[2], a[3],
-                                              reinterpret_cast<const float*>(a[4]), reinterpret_cast<const float*>(a[5]),
-                                              a[6]);
+                                              reinterpret_cast<const float*>(a[4]), reinterpret_cast<const float*>(a[5]));
     } catch (const std::bad_alloc&) {
     }
     Py_END_ALLOW_THREADS
@@ -66,7 +65,7 @@ PyGetSetDef packed_attributes[] = {
 PyTypeObject packed_type = [] {
     PyTypeObject type = {PyVarObject_HEAD_INIT(nullptr, 0)};
     type.tp_name = "outrider.kernels.native._linear.Packed";
-    type.tp_doc = "Packed(weights, kind, outs, ins, bias, scales, step_weights): weights in the kernels' layout; called as (x, y, rows, threads).";
+    type.tp_doc = "Packed(weights, kind, outs, ins, bias, scales): weights in the kernels' layout; called as (x, y, rows, threads).";
     type.tp_basicsize = sizeof(PackedObject);
     type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
     type.tp_getset = packed_attributes;

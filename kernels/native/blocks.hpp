@@ -15,7 +15,7 @@ INLINE void multiply(const uint16_t* w, const float* x, float* sums) {
 
 template <class T, size_t R>
 static void portable_block(const Job& job, const Pass& pass) {
-    const T* w = reinterpret_cast<const T*>(pass.weights);
+    const T* w = reinterpret_cast<const T*>(job.weights->group(pass.group));
     const float* x = static_cast<const float*>(job.x) + pass.row * job.stride;
     float sums[R * WIDTH] = {}, lost[R * WIDTH] = {};
     for (size_t start = 0; start < job.weights->padded; start += CHUNK<T>) {
@@ -51,7 +51,7 @@ INLINE AVX512 void join_sixteen(float* total, float* lost, __m512 chunk) {
 
 template <class T, size_t R>
 AVX512 static void avx512_block(const Job& job, const Pass& pass) {
-    const T* w = reinterpret_cast<const T*>(pass.weights);
+    const T* w = reinterpret_cast<const T*>(job.weights->group(pass.group));
     const float* x = static_cast<const float*>(job.x) + pass.row * job.stride;
     alignas(64) float sums[R * WIDTH] = {}, lost[R * WIDTH] = {};
     Lookahead ahead(*job.weights, pass);
@@ -108,4 +108,45 @@ AVX512 static void avx512_block(const Job& job, const Pass& pass) {
 #define AVX512_BLOCK(R) avx512_block<T, R>
 template <class T>
 constexpr Block BY_AVX512[] = TWELVE(AVX512_BLOCK);
+
+// ---- AVX-512 BF16: two products of bfloat16 per lane ----------------------------------------
+
+#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+
+template <size_t R>
+AVX512_BF16 static void bf16_block(const Job& job, const Pass& pass) {
+    const uint16_t* line = reinterpret_cast<const uint16_t*>(job.weights->group(pass.group));
+    const uint16_t* x = static_cast<const uint16_t*>(job.x) + pass.row * job.stride;
+    const size_t stride = job.stride;
+    Lookahead ahead(*job.weights, pass, ahead_of<R>);
+    __m512 total[R][2];
+#pragma GCC unroll 12
+    for (size_t r = 0; r < R; r++) total[r][0] = total[r][1] = _mm512_setzero_ps();
+    for (size_t step = 0; step < job.weights->padded; step += STEP, line += RIGHT<uint16_t>)
+        for (const uint16_t* end = line + TILE; line != end; line += 32, x += 2) {
+            ahead.step();
+            __m512bh left = (__m512bh)_mm512_load_si512(line);
+            __m512bh right = (__m512bh)_mm512_load_si512(line + RIGHT<uint16_t>);
+#pragma GCC unroll 12
+            for (size_t r = 0; r < R; r++) {
+                int pair;
+                std::memcpy(&pair, x + r * stride, 4);
+                __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+                total[r][0] = _mm512_dpbf16_ps(total[r][0], left, value);
+                total[r][1] = _mm512_dpbf16_ps(total[r][1], right, value);
+            }
+        }
+    alignas(64) float sums[R * WIDTH];
+#pragma GCC unroll 12
+    for (size_t r = 0; r < R; r++) {
+        // They come from registers: otherwise compilers store them in the loop above, each time.
+        asm("" : "+v"(total[r][0]), "+v"(total[r][1]));
+        _mm512_store_ps(sums + r * WIDTH, total[r][0]);
+        _mm512_store_ps(sums + r * WIDTH + 16, total[r][1]);
+    }
+    store<uint16_t>(job, pass.group, pass.row, R, sums);
+}
+
+#define BF16_BLOCK(R) bf16_block<R>
+constexpr Block BY_BF16[] = TWELVE(BF16_BLOCK);
 #endif

@@ -72,11 +72,7 @@ inline void encode_tile(const uint16_t* tile, const Exponents& exponents, uint8_
 #if OUTRIDER_X86
 #define VBMI2 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,popcnt")))
 
-// Where weights that are wanted soon are fetched to, as compilers count.
-constexpr int FIRST_CACHE = 3, SECOND_CACHE = 2;
-
-// Writes a tile in the plain layout; what lies `ahead` bytes behind it comes into a cache.
-template <int CACHE>
+// Writes a tile in the plain layout; `ahead` lies so many bytes behind `tile` that memory has the time to answer.
 INLINE VBMI2 void decode_tile(const uint8_t* tile, size_t ahead, const uint8_t* exponent_of_code,
                               const uint8_t*& escapes, uint16_t* into) {
     const __m512i of_code = _mm512_load_si512(exponent_of_code);
@@ -91,8 +87,9 @@ INLINE VBMI2 void decode_tile(const uint8_t* tile, size_t ahead, const uint8_t* 
 #pragma GCC unroll 8
     for (size_t eighth = 0; eighth < EIGHTHS; eighth++) {
         const uint8_t* from = tile + eighth * EIGHTH;
-        __builtin_prefetch(from + ahead, 0, CACHE);
-        if (eighth < 3) __builtin_prefetch(from + ahead + TILE, 0, CACHE);
+        // Into the second cache: all that the first can wait for at once is less than memory can have under way.
+        _mm_prefetch(reinterpret_cast<const char*>(from + ahead), _MM_HINT_T1);
+        if (eighth < 3) _mm_prefetch(reinterpret_cast<const char*>(from + ahead + TILE), _MM_HINT_T1);
         const __m512i line = codes[eighth / 2], index = eighth % 2 ? _mm512_srli_epi16(line, 3) : line;
         __m512i exponent = _mm512_permutexvar_epi8(index, of_code);
         const __mmask64 escaped = _mm512_movepi8_mask(exponent);

@@ -2,12 +2,10 @@
 
 #define MEMBER inline __attribute__((always_inline))
 
-template <int CACHE>
-constexpr size_t compact_ahead = (CACHE == FIRST_CACHE ? 16 : 11) * COMPACT_TILE;  // bytes by which tiles are fetched
+constexpr size_t COMPACT_AHEAD = 11 * COMPACT_TILE;  // bytes by which compact tiles are prefetched
 constexpr size_t ESCAPES_AHEAD = 192;
 
 // Decodes into the nearest cache, step by step. A tile that is loaded from what was just stored waits for it.
-template <int CACHE>
 class CompactSteps {
   public:
     static constexpr size_t LAG = 2;  // steps between fetching and use
@@ -17,11 +15,11 @@ class CompactSteps {
           tiles(reinterpret_cast<const uint8_t*>(weights.group(group))),
           escapes(weights.escapes[group]) {}
     MEMBER VBMI2 void fetch(size_t i) {
-        __builtin_prefetch(escapes + ESCAPES_AHEAD, 0, CACHE);
+        _mm_prefetch(reinterpret_cast<const char*>(escapes + ESCAPES_AHEAD), _MM_HINT_T1);
         uint16_t* into = ring[i % DEPTH];
         for (size_t tile = 0; tile < TILES; tile++)
-            decode_tile<CACHE>(tiles + (i * TILES + tile) * COMPACT_TILE, compact_ahead<CACHE>, exponent_of_code, escapes,
-                              into + tile * TILE);
+            decode_tile(tiles + (i * TILES + tile) * COMPACT_TILE, COMPACT_AHEAD, exponent_of_code, escapes,
+                        into + tile * TILE);
         asm volatile("" : : "r"(into) : "memory");  // intrinsics that load tiles do not say what they read
     }
     MEMBER VBMI2 const uint16_t* at(size_t i) const { return ring[i % DEPTH]; }
@@ -34,7 +32,6 @@ class CompactSteps {
 };
 
 // One group in the plain layout, for rows that go through it in several passes.
-template <int CACHE>
 class Plain {
   public:
     VBMI2 const char* of(const Weights& weights, size_t group) {
@@ -43,7 +40,7 @@ class Plain {
         const uint8_t* tile = reinterpret_cast<const uint8_t*>(weights.group(group));
         const uint8_t* escapes = weights.escapes[group];
         for (size_t i = 0; i < tiles; i++, tile += COMPACT_TILE)
-            decode_tile<CACHE>(tile, compact_ahead<CACHE>, weights.exponent_of_code, escapes, memory[i].weights);
+            decode_tile(tile, COMPACT_AHEAD, weights.exponent_of_code, escapes, memory[i].weights);
         return reinterpret_cast<const char*>(memory.data());
     }
 

@@ -20,7 +20,7 @@ INLINE void multiply(const int8_t* w, const float* x, float* sums) {
 
 template <class T, size_t R>
 static void portable_int8_block(const Job& job, const Pass& pass) {
-    const int8_t* w = reinterpret_cast<const int8_t*>(pass.weights);
+    const int8_t* w = reinterpret_cast<const int8_t*>(job.weights->group(pass.group));
     const float* x = static_cast<const float*>(job.x) + pass.row * job.stride;
     float sums[R * WIDTH] = {}, lost[R * WIDTH] = {};
     for (size_t start = 0; start < job.weights->padded; start += CHUNK<T>) {
@@ -47,7 +47,7 @@ INLINE AVX2 __m256 eight_weights(const int8_t* w, size_t i) {
 
 template <class T, size_t R>
 AVX2 static void avx2_int8_block(const Job& job, const Pass& pass) {
-    const int8_t* w = reinterpret_cast<const int8_t*>(pass.weights);
+    const int8_t* w = reinterpret_cast<const int8_t*>(job.weights->group(pass.group));
     const float* x = static_cast<const float*>(job.x) + pass.row * job.stride;
     alignas(32) float sums[R * WIDTH] = {}, lost[R * WIDTH] = {}, of_chunk[R * WIDTH];
     Lookahead ahead(*job.weights, pass);
@@ -87,7 +87,7 @@ INLINE AVX512 __m512 sixteen_weights(const int8_t* w, size_t i) {
 
 template <class T, size_t R>
 AVX512 static void avx512_int8_block(const Job& job, const Pass& pass) {
-    const int8_t* w = reinterpret_cast<const int8_t*>(pass.weights);
+    const int8_t* w = reinterpret_cast<const int8_t*>(job.weights->group(pass.group));
     const float* x = static_cast<const float*>(job.x) + pass.row * job.stride;
     alignas(64) float sums[R * WIDTH] = {}, lost[R * WIDTH] = {};
     Lookahead ahead(*job.weights, pass);

@@ -48,7 +48,7 @@ static void by_whole_rows(const Job& job, size_t first, size_t last) {
     floats.stride = job.weights->padded;
     for (size_t r = 0; r < job.rows; r++)
         if (job.row_scales[r] == NO_SCALE)
-            for (size_t g = first; g < last; g++) FLOATS(floats, {job.weights->group(g), g, r, 0, 1});
+            for (size_t g = first; g < last; g++) FLOATS(floats, {g, r, 0, 1});
 }
 
 // ---- AVX2: two products of 16 bits per lane ---------------------------------------------------
@@ -126,7 +126,7 @@ INLINE AVX512 __m512 scaled_sums(const Weights& w, size_t first, __m512i upper, 
 template <size_t R>
 AVX512_VNNI static void vnni_block(const Job& job, const Pass& pass) {
     const Weights& weights = *job.weights;
-    const char *w = pass.weights, *end = w + weights.group_bytes();
+    const char *w = weights.group(pass.group), *end = w + weights.group_bytes();
     const uint8_t* x = static_cast<const uint8_t*>(job.x) + pass.row * job.stride;
     const size_t stride = job.stride;
     Lookahead ahead(weights, pass, ahead_of<R>);

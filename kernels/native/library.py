@@ -6,7 +6,6 @@
 
 import logging
 import os
-import sys
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -51,12 +50,10 @@ def pack(
     *,
     dtype: torch.dtype | None = None,
     scales: torch.Tensor | None = None,
-    step_weights: int | None = None,
 ) -> "Packed | None":
     """A copy of the weights as the native kernel streams them; None if it cannot take them.
 
     scales: float32 ``[out]``, of int8 weights for rows of ``dtype``.
-    step_weights: see ``Linear``; without it memory decides alone.
     """
     dtype = dtype or weight.dtype
     if weight.device.type != "cpu" or dtype not in KINDS or not weight.numel():
@@ -73,7 +70,6 @@ def pack(
         *weight.shape,
         0 if offsets is None else offsets.data_ptr(),
         0 if scales is None else scales.data_ptr(),
-        sys.maxsize if step_weights is None else step_weights,
     )
     return packed
 

@@ -84,12 +84,11 @@ INLINE void store(const Job& job, size_t group, size_t row, size_t rows, float* 
 
 // A block of rows goes through a group's weights, one of several blocks that do so in turn.
 struct Pass {
-    const char* weights;  // in the plain layout
     size_t group, row;
     size_t number, passes;
 
     // One half of a block that goes through its outputs in halves.
-    Pass half(size_t which) const { return {weights, group, row, 2 * number + which, 2 * passes}; }
+    Pass half(size_t which) const { return {group, row, 2 * number + which, 2 * passes}; }
 };
 
 // Computes rows [row, row + R) of one group, R being the block's own.
@@ -107,7 +106,7 @@ struct Lookahead {
     size_t passes, due = 0;
 
     Lookahead(const Weights& weights, const Pass& pass, size_t distance = AHEAD) : passes(pass.passes) {
-        line = passes == 1 ? pass.weights + distance
+        line = passes == 1 ? weights.group(pass.group) + distance
                            : weights.group(pass.group + 1) + weights.group_bytes() * pass.number / passes / 64 * 64;
     }
 #if OUTRIDER_X86
@@ -117,20 +116,17 @@ struct Lookahead {
 #endif
 };
 
-// Splits the rows into blocks of like size, at most MOST, that go through a group; blocks[n - 1] computes n of them.
-template <size_t MOST, const Block (&BLOCKS)[MOST]>
-INLINE void group_by_blocks(const Job& job, size_t g, const char* weights) {
-    size_t passes = (job.rows + MOST - 1) / MOST, row = 0;
-    for (size_t number = 0; number < passes; number++) {
-        size_t left = passes - number, count = (job.rows - row + left - 1) / left;
-        BLOCKS[count - 1](job, {weights, g, row, number, passes});
-        row += count;
-    }
-}
-
+// Splits the rows into blocks of like size, at most MOST; blocks[n - 1] computes n of them.
 template <size_t MOST, const Block (&BLOCKS)[MOST]>
 static void by_blocks(const Job& job, size_t first, size_t last) {
-    for (size_t g = first; g < last; g++) group_by_blocks<MOST, BLOCKS>(job, g, job.weights->group(g));
+    for (size_t g = first; g < last; g++) {
+        size_t passes = (job.rows + MOST - 1) / MOST, row = 0;
+        for (size_t number = 0; number < passes; number++) {
+            size_t left = passes - number, count = (job.rows - row + left - 1) / left;
+            BLOCKS[count - 1](job, {g, row, number, passes});
+            row += count;
+        }
+    }
 }
 
 // Products summed before they join the total. What sums in float32 lose is nothing beside the rounding
@@ -159,18 +155,12 @@ constexpr size_t RIGHT = sizeof(T) == 2 ? TILE : 16;
 #include "int8.hpp"
 #include "int8_whole.hpp"
 
-#if OUTRIDER_X86
-#include "compact_steps.hpp"
-#include "bf16.hpp"
-#endif
 #if OUTRIDER_AMX
+#include "compact_steps.hpp"
 #include "amx.hpp"
 #endif
 
 // ---- what this processor can do -------------------------------------------------------------
-
-constexpr size_t NEVER = std::numeric_limits<size_t>::max();
-constexpr size_t UNCACHED = 4u << 20;  // weights that are too many for the caches to keep from step to step
 
 struct Path {
     const char* name;
@@ -179,7 +169,7 @@ struct Path {
     bool widens;  // the bfloat16 kernel wants x in float32
     Kernel int8_bfloat16, int8_float32;  // weights of eight bits, and the type of rows; x in float32
     WholeRowsOf whole = nullptr;         // what int8_bfloat16 wants in place of x in float32
-    size_t compact_from = NEVER;         // weights that a step reads: more of bfloat16 are compact
+    bool reads_compact = false;          // bfloat16 weights
 
     Kernel kernel(const Weights& w) const {
         if (w.eight_bits()) return w.kind == Kind::bfloat16 ? int8_bfloat16 : int8_float32;
@@ -193,10 +183,10 @@ struct Path {
 #define BY_BYTES WHOLE(BY_VNNI, avx512_int8_block), KERNEL(INT8_BY_AVX512<float>), to_bytes
 static const Path PATHS[] = {
 #if OUTRIDER_AMX
-    {"amx", has_amx, by_amx, KERNEL(BY_AVX512<float>), false, BY_BYTES, 0},
+    {"amx", has_amx, by_amx, KERNEL(BY_AVX512<float>), false, BY_BYTES, true},
 #endif
 #if OUTRIDER_X86
-    {"avx512_bf16", has_avx512_bf16, by_bf16, KERNEL(BY_AVX512<float>), false, BY_BYTES, UNCACHED},
+    {"avx512_bf16", has_avx512_bf16, KERNEL(BY_BF16), KERNEL(BY_AVX512<float>), false, BY_BYTES},
     {"avx512_vnni", has_avx512_vnni, BOTH(BY_AVX512), true, BY_BYTES},
     {"avx512", has_avx512, BOTH(BY_AVX512), true, BOTH(INT8_BY_AVX512)},
     {"avx2", has_avx2, KERNEL(BY_AVX2<Bfloat16ByAvx2>), KERNEL(FLOAT32_BY_AVX2), true,
@@ -227,9 +217,8 @@ static void lay_out(const From* x, size_t rows, Job& job, std::vector<To>& into)
 struct Linear : Weights {
     const Path& path;
 
-    Linear(const Path& path, Kind kind, const void* source, size_t outs, size_t ins, const float* bias, const float* scales,
-           size_t step_weights)
-        : Weights(kind, source, outs, ins, bias, scales, step_weights > path.compact_from), path(path) {}
+    Linear(const Path& path, Kind kind, const void* source, size_t outs, size_t ins, const float* bias, const float* scales)
+        : Weights(kind, source, outs, ins, bias, scales, path.reads_compact), path(path) {}
 
     void operator()(const void* x, void* y, size_t rows, size_t threads) const {
         if (rows && outs) compute(x, y, rows, threads);

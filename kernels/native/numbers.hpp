@@ -45,13 +45,9 @@ inline bool has_avx512() {
 
 inline bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
-// With what decodes compact weights, as all have it but those of 2020.
-#define AVX512_BF16_AND "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi,avx512vbmi2,popcnt,fma"
-
-inline bool has_avx512_bf16() {
+inline bool has_avx512_bf16() {  // with VNNI on every processor
     unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!has_avx512_vnni() || !__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vbmi2")) return false;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    return has_avx512_vnni() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
 #endif
 
