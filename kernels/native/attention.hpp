@@ -301,10 +301,11 @@ struct Together {
 };
 
 // Rows [first, last), of one text or several, a text's rows together, by Rows with what it works in.
-template <class Rows, class Working>
+template <class Rows, class T, class Working>
 static void attend_together(const Attention& a, const float* queries, size_t first, size_t last, size_t g, Working& buffers) {
     while (first < last) {
         const size_t end = a.end_of_run(first, std::min(last, first + ROWS));
+        if (g == 0) a.bring_near(first, sizeof(T));
         const Rows rows(a, queries, first, end, g, buffers);
         buffers.totals.resize(rows.rows * rows.Q);
         rows.score();
@@ -317,5 +318,5 @@ static void attend_together(const Attention& a, const float* queries, size_t fir
 
 template <class T>
 static void attend(const Attention& a, const float* queries, size_t first, size_t last, size_t g, Buffers<T>& buffers) {
-    attend_together<Together<T>>(a, queries, first, last, g, buffers);
+    attend_together<Together<T>, T>(a, queries, first, last, g, buffers);
 }

@@ -8,7 +8,8 @@
 
 namespace outrider {
 
-constexpr size_t MAX_DIM = 1024;  // of a head
+constexpr size_t MAX_DIM = 1024;       // of a head
+constexpr size_t BROUGHT = 512u << 10;  // bytes, see bring_near
 
 // One call. All arrays are dense; sizes stand in kernels/path_attention.py.
 struct Attention {
@@ -49,6 +50,19 @@ struct Attention {
         size_t end = row + 1;
         while (end < stop && table_starts[end] == table_starts[row] && first[end] == first[row]) end++;
         return end;
+    }
+
+    // Reads a number of every line of what the row attends of its text, in the order of memory, which gives it at twice
+    // the speed of one head's keys after another's. More than so many bytes would not stay near until they are wanted.
+    void bring_near(size_t row, size_t number_bytes) const {
+        const size_t entry = 2 * kv_heads * dim * number_bytes, begin = static_cast<size_t>(first[row]);
+        const size_t end = std::min(static_cast<size_t>(seen[row]), begin + BROUGHT / entry);
+        const int64_t* table = tables + table_starts[row];
+        for (size_t p = begin, stop; p < end; p = stop) {
+            stop = std::min(end, (p / block + 1) * block);
+            const char* from = static_cast<const char*>(pool) + (static_cast<size_t>(table[p / block]) * block + p % block) * entry;
+            for (size_t at = 0; at < (stop - p) * entry; at += 64) asm volatile("" : : "r"(from[at]));
+        }
     }
 
     // Where the row's keys [from, to) of head g lie; the last one again where there are no more.

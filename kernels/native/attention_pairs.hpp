@@ -174,6 +174,6 @@ static void attend(const Attention& a, const float* queries, size_t first, size_
     if (a.dim % SUMMED || a.heads / a.kv_heads > STRIP)
         return avx512::attend<uint16_t>(a, queries, first, last, g, others);
     static thread_local PairBuffers buffers;
-    attend_together<ByPairs>(a, queries, first, last, g, buffers);
+    attend_together<ByPairs, uint16_t>(a, queries, first, last, g, buffers);
     release();
 }
