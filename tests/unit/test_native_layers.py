@@ -1,7 +1,6 @@
 """Native norms, activation and attention on every instruction set of this processor."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from instruments.native_linears import LAYERS
-from instruments.sanitized import run_sanitized
 
 from outrider.kernels.path_attention import PathAttention, PathKeys, path_attention_reference
 from outrider.kernels.pointwise import rms_norm, silu_mul
@@ -253,7 +251,3 @@ def test_many_rows_are_split_over_threads_and_stay_the_same(caplog: pytest.LogCa
             results.append(out)
         assert torch.equal(*results)
     assert not caplog.records
-
-
-def test_sanitizers_find_nothing(tmp_path: Path) -> None:
-    assert "no error" in run_sanitized("native_layers.cpp", tmp_path)

@@ -1,19 +1,12 @@
-"""The native module of reconciliation: memory, and what is done without it."""
+"""The native module of reconciliation: what is done without it."""
 
 import subprocess
 import sys
 from os import environ
-from pathlib import Path
 
 import pytest
-from instruments.sanitized import run_sanitized
 
 from outrider.kernels.native import library
-
-
-def test_sanitizers_find_nothing(tmp_path: Path) -> None:
-    assert "no error" in run_sanitized("native_grafting.cpp", tmp_path)
-
 
 MAKE_TWO_REPLICAS = """
 import sys
