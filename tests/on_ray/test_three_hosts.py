@@ -17,6 +17,7 @@ from instruments.hosts import NotPermittedError, RayHosts, ray_hosts
 from instruments.processes import until
 
 from outrider import LLM
+from outrider.cluster.bench.machine import measured_limits
 from outrider.models.demo import pair
 from outrider.models.inflate import inflate
 
@@ -29,6 +30,10 @@ NOTICE_SECONDS = 1.5
 """Until a target finds out that a draft worker's host is out of reach."""
 SLACK = 3
 """Others may use this machine."""
+STEP_SECONDS = 0.01
+"""For reading a target's weights, so that a text is under way until a host is back."""
+LEAST, MOST = 60_000_000, 300_000_000
+"""Parameters of a target."""
 OUTRIDER = ("-m", "outrider.cluster.cli.main")
 KINDS = ("ControllerHost", "DraftHost", "TargetHost")
 
@@ -92,7 +97,8 @@ def nodes() -> Iterator[RayHosts]:
 def cluster(nodes: RayHosts, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The cluster.yaml of a cluster that is up."""
     folder = tmp_path_factory.mktemp("three")
-    inflate(pair.TARGET, folder / "target", parameters=60_000_000)
+    read_in_a_step = int(STEP_SECONDS * measured_limits().copy / 2)  # numbers of two bytes
+    inflate(pair.TARGET, folder / "target", parameters=min(max(LEAST, read_in_a_step), MOST))
     path = folder / "cluster.yaml"
     path.write_text(
         "name: three\n"
