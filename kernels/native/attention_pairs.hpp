@@ -45,9 +45,8 @@ INLINE void pair_values(const uint16_t* const* keys, size_t to_value, size_t cou
         }
 }
 
-// From scores to rounded weights that are yet to be divided by what is returned, their sum.
-INLINE float weigh_rounded(const float* scores, size_t count, uint16_t* into) {
-    const float top = largest(scores, count);
+// From scores, of which `top` is the largest, to rounded weights that are yet to be divided by what is returned, their sum.
+INLINE float weigh_rounded(const float* scores, size_t count, float top, uint16_t* into) {
     Vec total = {};
     for (size_t j = 0; j < count; j += LANES) {
         const __m256bh rounded = _mm512_cvtneps_pbh(exponential(load(scores + j) - top));
@@ -119,7 +118,7 @@ struct ByPairs {
     // Of some queries, from the n-th one on, for keys that are turned.
     void score_keys(size_t n, size_t queries, size_t from, size_t count) const {
         const Product product{queries, query_of(n), bytes_apart(D, 2), buffers.pairs.data(), bytes_apart(PREPARED, 4), D,
-                              buffers.scores.data() + n * width + from, bytes_apart(width, 4)};
+                              scores_of(n) + from, bytes_apart(width, 4)};
         multiply<false>(product, up_to(STRIP, count));
     }
 
@@ -134,13 +133,17 @@ struct ByPairs {
 
     // Scores become weights; what these are yet to be divided by goes into `totals`, [rows][Q].
     void weigh_keys(float* totals) const {
+        // The largest ones first: each is a chain that a processor follows for several queries at once.
         for (size_t n = 0; n < rows * Q; n++) {
-            float* scores = buffers.scores.data() + n * width;
-            const size_t count = a.length(first + n / Q), whole = up_to(SUMMED, count);
-            std::fill(scores + count, scores + whole, -INFINITY);
-            *totals++ = weigh_rounded(scores, whole, buffers.weights.data() + n * width);
+            float* scores = scores_of(n);
+            std::fill(scores + a.length(first + n / Q), scores + whole_length(n), -INFINITY);
+            totals[n] = largest(scores, whole_length(n));
         }
+        for (size_t n = 0; n < rows * Q; n++)
+            totals[n] = weigh_rounded(scores_of(n), whole_length(n), totals[n], buffers.weights.data() + n * width);
     }
+    float* scores_of(size_t n) const { return buffers.scores.data() + n * width; }
+    size_t whole_length(size_t n) const { return up_to(std::max(AT_ONCE, LANES), a.length(first + n / Q)); }
 
     void add_values() const {
         configure(STRIP);
