@@ -91,3 +91,11 @@ def test_what_does_not_belong_together_is_refused() -> None:
             guesses(wrong, streams(4), 2)
     with pytest.raises(ValueError, match="do not belong together"):
         guesses(logits, streams(4), 0)
+
+
+def test_what_is_too_unlikely_for_float32_weighs_nothing() -> None:
+    logits = torch.tensor([[0.0, -100.0, -torch.inf]]).repeat(2, 20)
+    ids, shares = guesses(logits, streams_of([TokenChooser(GREEDY)], [np.arange(2)]), 21)
+    assert ids[:, :20].tolist() == [list(range(0, 60, 3))] * 2
+    assert shares[:, 20].tolist() == [0.0, 0.0]
+    assert shares[:, :20] == pytest.approx(1 / 20)
