@@ -16,10 +16,11 @@ from common import conditions, finish
 
 from outrider import LLM, SamplingParams
 from outrider.cluster.bench.prediction import logits_of
+from outrider.kernels.guesses import perturbed
 from outrider.models.demo import corpus, pair
 from outrider.models.loader import LoadedModel, load_model
 from outrider.models.numerics import Numerics
-from outrider.speculation.sampling import LogitProcessor, TokenChooser, perturb
+from outrider.speculation.sampling import LogitProcessor, TokenChooser, streams_of
 from outrider.speculation.tree import DraftTree
 
 WINDOW = 512
@@ -62,7 +63,7 @@ def ranks(
     positions = np.arange(1, len(target) + 1)
     tokens = chooser.choose(processor.process(target, DraftTree.empty(), rows), positions)
     processed = processor.process(draft, DraftTree.empty(), rows)
-    coupled = perturb([chooser], processed, [positions])
+    coupled = perturbed(processed, streams_of([chooser], [positions]))
     mine = torch.from_numpy(tokens)[:, None]
     orders = (coupled, processed)
     return tuple((order > order.gather(1, mine)).sum(1).numpy() for order in orders)  # type: ignore[return-value]

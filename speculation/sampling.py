@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from outrider.kernels.guesses import Streams, perturbed
+from outrider.kernels.guesses import Streams
 from outrider.kernels.gumbel import draw, first_largest, position_keys, request_states
 from outrider.speculation.bad_words import BadWords
 from outrider.speculation.errors import InvalidRequestError
@@ -265,21 +265,6 @@ def streams_of(choosers: Sequence[TokenChooser], positions: Sequence[IntArray]) 
         positions=np.concatenate(positions),
         noisy=np.repeat([not chooser.is_greedy for chooser in choosers], counts),
     )
-
-
-def perturb(
-    choosers: Sequence[TokenChooser], logits: torch.Tensor, positions: Sequence[IntArray]
-) -> torch.Tensor:
-    """Scores whose order is the order of a drafter's guesses, larger first.
-
-    logits: float ``[R, V]``, the drafter's own, processed: the rows of each request behind
-        one another. positions: per request int64 ``[r]``, as for ``TokenChooser.choose``.
-
-    Returns:
-        ``[R, V]``, ``p / E`` with the same E as ``choose``, or p at temperature 0. NaN
-        logits give NaN scores.
-    """
-    return perturbed(logits, streams_of(choosers, positions))
 
 
 def _has_penalties(params: SamplingParams) -> bool:

@@ -23,6 +23,7 @@ from outrider.actors.drafting import DraftEngine
 from outrider.actors.model_runner import ModelRunner
 from outrider.actors.runner import TreeQuery
 from outrider.actors.target_engine import TargetEngine, TargetModel
+from outrider.kernels.guesses import perturbed
 from outrider.models.config import load_config
 from outrider.models.decoder import Decoder
 from outrider.models.kv_cache import KVSequence
@@ -31,7 +32,7 @@ from outrider.models.weights import Checkpoint
 from outrider.speculation.living_tree import LivingTree
 from outrider.speculation.pipelines.shape import TreeShape
 from outrider.speculation.request import Request
-from outrider.speculation.sampling import LogitProcessor, TokenChooser, perturb
+from outrider.speculation.sampling import LogitProcessor, TokenChooser, streams_of
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.statistics import SpeculationStatistics
 from outrider.speculation.tree import ROOT, DraftTree
@@ -297,9 +298,10 @@ def best_children(
     processor = LogitProcessor(params, ids[:prompt_length], VOCAB, stop_ids)
     processor.commit(ids[prompt_length:])
     logits = processor.process(runner.fresh_logits(text)[None], DraftTree.empty())
-    perturbed = perturb([TokenChooser(params)], logits, [np.array([len(text)])])[0].double().numpy()
-    best = np.argsort(-perturbed)[:3]
-    return {int(token) for token in best if perturbed[token] / perturbed.sum() >= MIN_SCORE}
+    streams = streams_of([TokenChooser(params)], [np.array([len(text)])])
+    scores = perturbed(logits, streams)[0].double().numpy()
+    best = np.argsort(-scores)[:3]
+    return {int(token) for token in best if scores[token] / scores.sum() >= MIN_SCORE}
 
 
 def check_idle_after_closing(target: AuditedRunner) -> None:

@@ -7,8 +7,9 @@ import torch
 
 from instruments.table_lm import TableLM
 from outrider.actors.virtual import BusyTime
+from outrider.kernels.guesses import perturbed
 from outrider.speculation.living_tree import LivingTree, Reroot
-from outrider.speculation.sampling import TokenChooser, perturb
+from outrider.speculation.sampling import TokenChooser, streams_of
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.tree import ROOT, Law
 from outrider.speculation.types import IntArray
@@ -49,10 +50,10 @@ class TableDraftSession:
         lm, skip = self._engine.lm, self._engine.skip
         logits = torch.from_numpy(np.stack([lm.row(self.text + path) for path in paths]))
         positions = np.array([len(self.text) + len(path) for path in paths])
-        perturbed = perturb([self._chooser], logits, [positions])
+        chances = perturbed(logits, streams_of([self._chooser], [positions]))
         most = min(self._children + skip, lm.vocab_size)
-        best, tokens = perturbed.topk(most, dim=1)
-        scores = (best / perturbed.sum(dim=1, keepdim=True)).numpy()[:, skip:]
+        best, tokens = chances.topk(most, dim=1)
+        scores = (best / chances.sum(dim=1, keepdim=True)).numpy()[:, skip:]
         self.tree.mark_expanded(slots)
         self.tree.add(
             np.repeat(slots, most - skip), tokens.numpy()[:, skip:].reshape(-1), scores.clip(0, 1).reshape(-1)

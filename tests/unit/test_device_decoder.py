@@ -19,6 +19,7 @@ from instruments.serving import serve
 from outrider.actors.model_runner import ModelRunner
 from outrider.actors.runner import TreeQuery
 from outrider.kernels import gumbel
+from outrider.kernels.guesses import perturbed
 from outrider.models import cuda_graphs
 from outrider.models.config import load_config
 from outrider.models.decoder import Decoder
@@ -27,7 +28,7 @@ from outrider.models.kv_cache import KVSequence
 from outrider.models.numerics import Numerics
 from outrider.models.triton_set import triton_set
 from outrider.models.weights import Checkpoint
-from outrider.speculation.sampling import NO_TOKEN, TokenChooser, choose_together, perturb
+from outrider.speculation.sampling import NO_TOKEN, TokenChooser, choose_together, streams_of
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.tree import DraftTree
 
@@ -188,14 +189,14 @@ def test_tokens_are_chosen_on_a_device_as_on_cpu(monkeypatch: pytest.MonkeyPatch
     choosers = [TokenChooser(each, choice) for choice, each in enumerate(params)]
     positions = [np.array([8, 9, 9]), np.array([3]), np.array([20, 21, 20])]
     chosen = choose_together(choosers, logits, positions)
-    ranked = perturb(choosers, logits, positions)
+    ranked = perturbed(logits, streams_of(choosers, positions))
     monkeypatch.setattr(gumbel, "on_device", lambda _: True)
     launched: list[str] = []
     for name in ("draw", "exponential_noise"):
         monkeypatch.setattr(gumbel._kernels(), name, _noted(launched, getattr(gumbel._kernels(), name)))
     for got, expected in zip(choose_together(choosers, logits, positions), chosen, strict=True):
         assert got.tolist() == expected.tolist()
-    again = perturb(choosers, logits, positions)
+    again = perturbed(logits, streams_of(choosers, positions))
     torch.testing.assert_close(again, ranked, rtol=0, atol=0, equal_nan=True)
     assert chosen[0][1] == chosen[2][1] == NO_TOKEN
     assert launched == ["draw", "exponential_noise"]

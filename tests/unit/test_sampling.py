@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from outrider.kernels.guesses import perturbed
 from outrider.kernels.gumbel import exponential_noise, exponential_race, stream_keys
 from outrider.speculation.errors import InvalidRequestError
-from outrider.speculation.sampling import NO_TOKEN, LogitProcessor, TokenChooser, perturb, row_positions
+from outrider.speculation.sampling import NO_TOKEN, LogitProcessor, TokenChooser, row_positions, streams_of
 from outrider.speculation.sampling_params import SamplingParams
 from outrider.speculation.tree import DraftTree, Law
 from outrider.speculation.truncation import keep_near_top, keep_top
@@ -336,7 +337,7 @@ def test_perturbed_scores_put_the_choice_first() -> None:
     chooser = TokenChooser(SamplingParams(seed=8))
     logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(2))
     positions = np.arange(64)
-    scores = perturb([chooser], logits, [positions])
+    scores = perturbed(logits, streams_of([chooser], [positions]))
     assert scores.argmax(1).tolist() == chooser.choose(logits, positions).tolist()
     base, gamma = torch.from_numpy(stream_keys(8, positions, 0))
     torch.testing.assert_close(scores * exponential_noise(base, gamma, 300), logits.softmax(1))
@@ -344,7 +345,9 @@ def test_perturbed_scores_put_the_choice_first() -> None:
 
 def test_perturbed_scores_at_temperature_zero_are_probabilities() -> None:
     logits = torch.randn(2, 5)
-    assert torch.equal(perturb([TokenChooser(GREEDY)], logits, [np.arange(2)]), logits.softmax(1))
+    assert torch.equal(
+        perturbed(logits, streams_of([TokenChooser(GREEDY)], [np.arange(2)])), logits.softmax(1)
+    )
 
 
 def test_sampling_needs_a_seed() -> None:
