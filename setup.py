@@ -59,6 +59,7 @@ setup(
             "pointwise.hpp",
             "noise.hpp",
             "guesses.hpp",
+            "race.hpp",
             "attention.hpp",
             "products.hpp",
             "products_by_tiles.hpp",

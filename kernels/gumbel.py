@@ -1,4 +1,4 @@
-"""Counter-based noise and the exponential race: plain PyTorch on CPU, Triton's kernels on devices.
+"""Counter-based noise and the exponential race: Triton's kernels on devices, a native one or PyTorch on CPU.
 
 ``argmin(E / p)`` with independent unit exponentials E is an exact draw from p, the same
 one as ``argmax(log p + gumbel)`` with ``gumbel = -log E`` (Maddison, Tarlow and Minka,
@@ -19,6 +19,8 @@ from types import ModuleType
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from outrider.kernels.native import library
 
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9
 _MULTIPLIER_2 = 0x94D049BB133111EB
@@ -120,6 +122,25 @@ def draw(
         keys = (base, gamma) if streams is None else (base[streams], gamma[streams])
         winners: torch.Tensor = _kernels().draw(probs, *keys)
         return winners
+    native = library.layers(probs) if probs.dtype is torch.float32 else None
+    if native is not None:
+        values = probs.contiguous()
+        found: npt.NDArray[np.int64] = native.draw(
+            values.data_ptr(),
+            values.shape[1],
+            torch.get_num_threads(),
+            base.numpy(),
+            gamma.numpy(),
+            np.arange(len(values)) if streams is None else streams.numpy(),
+        )
+        return torch.from_numpy(found)
+    return draw_reference(probs, base, gamma, streams)
+
+
+def draw_reference(
+    probs: torch.Tensor, base: torch.Tensor, gamma: torch.Tensor, streams: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What ``draw`` computes, by PyTorch."""
     noise = exponential_noise(base, gamma, probs.shape[1])
     return exponential_race(probs, noise if streams is None else noise[streams])
 

@@ -1,7 +1,5 @@
 // Compact groups as the kernels want them: step by step of 32 inputs, or whole. Included by linear.cpp.
 
-#define MEMBER inline __attribute__((always_inline))
-
 constexpr size_t COMPACT_AHEAD = 11 * COMPACT_TILE;  // bytes by which compact tiles are prefetched
 constexpr size_t ESCAPES_AHEAD = 192;
 

@@ -20,11 +20,16 @@ INLINE Vec logarithm(Vec x) {
     return fma(n, splat(0.693359375f), f + y);
 }
 
-// -log(1 - u), exact to some units in the last place for the smallest u as well, for those win.
-INLINE Vec exponentials(Ints interval) {
+// The middle of an interval, of 2^32 between 0 and 1.
+INLINE Vec middle(Ints interval) {
     const Vec upper = __builtin_convertvector((interval >> 16) & 0xffff, Vec);
     const Vec lower = __builtin_convertvector(interval & 0xffff, Vec);
-    const Vec u = fma(upper, splat(65536.0f), lower + 0.5f) * 0x1p-32f, rest = 1.0f - u;
+    return fma(upper, splat(65536.0f), lower + 0.5f) * 0x1p-32f;
+}
+
+// -log(1 - u), exact to some units in the last place for the smallest u, for those win, and for the largest.
+INLINE Vec exponentials(Ints interval) {
+    const Vec u = middle(interval), rest = middle(~interval);
     return rest == splat(1.0f) ? u : -logarithm(rest) * (u / (1.0f - rest));
 }
 

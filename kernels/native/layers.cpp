@@ -1,4 +1,5 @@
-// What a decoder does between its linear layers: norms, attention over paths, SiLU; and what a drafter guesses.
+// What a decoder does between its linear layers: norms, attention over paths, SiLU; what a drafter guesses; and what a
+// target draws.
 //
 // Every row is computed by itself, each sum in one fixed order: a row's bits depend on the row, its
 // path and the instruction set alone.
@@ -21,6 +22,7 @@
 namespace outrider {
 
 constexpr size_t THREAD_PRODUCTS = 1u << 17;  // that are worth waking a thread for
+constexpr size_t THREAD_TOKENS = 1u << 15;    // the same
 constexpr size_t ROWS = 16;                   // that go through keys together
 constexpr size_t KEYS = 64;                   // of a block that all of them go through before the next
 
@@ -101,6 +103,7 @@ INLINE void transpose(Vec* tile) {
 #include "vectors.hpp"
 #include "pointwise.hpp"
 #include "guesses.hpp"
+#include "race.hpp"
 #include "attention.hpp"
 
 }  // namespace portable
@@ -169,6 +172,7 @@ INLINE void transpose(Vec* tile) {
 #include "vectors.hpp"
 #include "pointwise.hpp"
 #include "guesses.hpp"
+#include "race.hpp"
 #include "attention.hpp"
 
 }  // namespace avx2
@@ -239,6 +243,7 @@ INLINE void transpose(Vec* tile) {
 #include "vectors.hpp"
 #include "pointwise.hpp"
 #include "guesses.hpp"
+#include "race.hpp"
 #include "attention.hpp"
 
 }  // namespace avx512
@@ -306,6 +311,7 @@ struct Path {
     bool (*usable)();
     Kernels<uint16_t> bfloat16;
     Kernels<float> float32;
+    int64_t (*race)(const float*, size_t, const Stream&, std::vector<float>&);
 
     template <class T>
     const Kernels<T>& kernels() const {
@@ -321,14 +327,14 @@ struct Path {
 #define BY_PAIRS(set) {ALL_BUT_ATTENTION(avx512, uint16_t), set::attend}, OF(avx512, float)
 static const Path PATHS[] = {
 #if OUTRIDER_AMX
-    {"amx", has_amx, BY_PAIRS(amx)},
+    {"amx", has_amx, BY_PAIRS(amx), avx512::race},
 #endif
 #if OUTRIDER_X86
-    {"avx512_bf16", has_avx512_bf16, BY_PAIRS(avx512_bf16)},
-    {"avx512", has_avx512, OF(avx512, uint16_t), OF(avx512, float)},
-    {"avx2", has_avx2, OF(avx2, uint16_t), OF(avx2, float)},
+    {"avx512_bf16", has_avx512_bf16, BY_PAIRS(avx512_bf16), avx512::race},
+    {"avx512", has_avx512, OF(avx512, uint16_t), OF(avx512, float), avx512::race},
+    {"avx2", has_avx2, OF(avx2, uint16_t), OF(avx2, float), avx2::race},
 #endif
-    {"portable", always, OF(portable, uint16_t), OF(portable, float)},
+    {"portable", always, OF(portable, uint16_t), OF(portable, float), portable::race},
 };
 
 // All rows are placed before the first is attended to: rows of one text attend each other.
@@ -352,6 +358,17 @@ static void attention(const Path& path, const Attention& a, size_t threads) {
             end = std::min(last, (g + 1) * a.rows);
             kernels.attend(a, queries.data(), first - g * a.rows, end - g * a.rows, g, buffers);
         }
+    });
+}
+
+// The tokens of rows whose values lie behind one another, each with a stream of its own or of several rows.
+static void draw(const Path& path, const float* values, size_t size, const std::vector<Stream>& streams, size_t threads,
+                 int64_t* tokens) {
+    threads = std::min(threads, 1 + streams.size() * size / THREAD_TOKENS);
+    in_parts(streams.size(), threads, [&](size_t first, size_t last) {
+        static thread_local std::vector<float> best;
+        for (size_t row = first; row < last; row++)
+            tokens[row] = path.race(values + row * size, size, streams[row], best);
     });
 }
 

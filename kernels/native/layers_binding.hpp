@@ -118,6 +118,36 @@ PyObject* guess(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     return PyErr_NoMemory();
 }
 
+PyObject* draw(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+    size_t a[3];  // values, tokens of a row, threads
+    outrider::Numbers base, gamma, chosen;
+    if (nargs != 6) return PyErr_Format(PyExc_TypeError, "6 arguments expected, %zd given", nargs);
+    if (!read_all(args, 3, a) || !base.read(args[3], NPY_INT64) || !gamma.read(args[4], NPY_INT64) ||
+        !chosen.read(args[5], NPY_INT64))
+        return nullptr;
+    const int64_t *from = chosen.as<int64_t>(), *end = from + chosen.size;
+    const bool there = std::all_of(from, end, [&](int64_t stream) { return stream >= 0 && stream < base.size; });
+    if (!there || base.size != gamma.size || !a[1])
+        return PyErr_Format(PyExc_ValueError, "streams or sizes that do not belong together");
+    npy_intp shape[] = {static_cast<npy_intp>(chosen.size)};
+    PyObject* tokens = PyArray_SimpleNew(1, shape, NPY_INT64);
+    bool enough = tokens;
+    Py_BEGIN_ALLOW_THREADS
+    try {
+        std::vector<outrider::Stream> streams;
+        for (const int64_t* each = from; enough && each < end; each++)
+            streams.push_back({base.as<uint64_t>()[*each], gamma.as<uint64_t>()[*each]});
+        if (enough)
+            outrider::draw(*selected.load(), at<const float>(a[0]), a[1], streams, a[2], static_cast<int64_t*>(data_of(tokens)));
+    } catch (const std::bad_alloc&) {
+        enough = false;
+    }
+    Py_END_ALLOW_THREADS
+    if (enough) return tokens;
+    Py_XDECREF(tokens);
+    return PyErr_NoMemory();
+}
+
 template <class F>
 PyCFunction function(F* of) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(of));
@@ -128,6 +158,7 @@ PyMethodDef methods[] = {
     {"silu_mul", function(silu_mul), METH_FASTCALL, "See kernels/pointwise.py."},
     {"attend", function(attend), METH_FASTCALL, "See kernels/path_attention.py."},
     {"guess", function(guess), METH_FASTCALL, "See kernels/guesses.py."},
+    {"draw", function(draw), METH_FASTCALL, "See kernels/gumbel.py."},
     SELECTING_METHODS,
     {nullptr, nullptr, 0, nullptr},
 };

@@ -13,6 +13,7 @@
 
 // Inlined into kernels of every instruction set, whose vectors it then uses.
 #define INLINE static inline __attribute__((always_inline))
+#define MEMBER inline __attribute__((always_inline))
 
 namespace outrider {
 

@@ -145,6 +145,24 @@ void check_guesses(const Path& path, size_t size) {
     }
 }
 
+// The least noise / value, of values that end where their memory does.
+void check_race(const Path& path, size_t size) {
+    auto values = random<float>(size);
+    for (float& value : values) value = std::fabs(value);
+    std::vector<float> best;
+    for (int64_t position = 0; position < 20; position++) {
+        const Stream stream = Stream::at(9, position);
+        const auto token = static_cast<size_t>(path.race(values.data(), size, stream, best));
+        std::vector<double> keys(size);
+        for (size_t j = 0; j < size; j++) {
+            uint32_t interval[1];
+            Stream::intervals(stream, j, interval);
+            keys[j] = -std::log1p(-(interval[0] + 0.5) * 0x1p-32) / values[j];
+        }
+        expect("draw", keys[token], *std::min_element(keys.begin(), keys.end()), 1e-6);
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -155,6 +173,7 @@ int main() {
             check_rows<uint16_t>(path, size, 1e-2);
             check_guesses<float>(path, size);
             check_guesses<uint16_t>(path, size);
+            check_race(path, size);
         }
         const size_t shapes[][3] = {{1, 1, 2}, {4, 2, 8}, {6, 2, 20}, {3, 1, 64}, {5, 1, 66}, {7, 1, 128}};
         for (auto& shape : shapes)
