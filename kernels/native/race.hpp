@@ -57,7 +57,7 @@ struct Race {
                 return;
             }
         const float top = *std::max_element(best.begin(), best.end());
-        const float enough = top > 1e-30f && top < 1e30f ? top * (1.0f - NEAR) : 0.0f;
+        const float enough = top < INFINITY ? top * (1.0f - NEAR) : 0.0f;
         for (size_t block = 0; block < best.size(); block++) {
             if (best[block] < enough) continue;
             score(block * GUESSED, scores, unsound);

@@ -59,6 +59,12 @@ def test_tokens_with_the_most_noise_that_all_but_tie() -> None:
     assert_same_winners(probs)
 
 
+def test_scores_on_the_verge_of_infinity() -> None:
+    noise = exponential_noise(*keys(400), 300)
+    probs = nearly_tied(noise) * torch.finfo(torch.float32).max
+    assert_same_winners(probs.where(noise < 0.9, 0.0))
+
+
 def nothing(probs: torch.Tensor) -> None:
     probs[:] = 0
 
