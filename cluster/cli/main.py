@@ -78,6 +78,10 @@ def _guarded(words: list[str]) -> int:
         _abandon_output()
         return _failed(str(error), words, FAILED)
     except Exception as error:
+        from outrider.kernels.native.library import UnknownKernelError
+
+        if isinstance(error, UnknownKernelError):
+            return _failed(str(error), words, WRONG_USAGE)
         what = f"{type(error).__name__}: {error}"
         return _failed(f"internal error (--debug shows where): {what}", words, FAILED)
 

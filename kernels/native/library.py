@@ -23,12 +23,16 @@ KINDS = {torch.bfloat16: 0, torch.float32: 1}
 """Dtypes with a native kernel, by their number in ``linear.cpp``."""
 
 
+class UnknownKernelError(ValueError):
+    """The environment asks for an instruction set that this processor does not have."""
+
+
 @cache
 def load() -> ModuleType | None:
     """The extension module, with its path selected; None if it was not built or is switched off.
 
     Raises:
-        ValueError: the environment asks for a path that this processor does not have.
+        UnknownKernelError: see there.
     """
     wanted = os.environ.get(VARIABLE, "")
     if wanted == "off":
@@ -38,7 +42,7 @@ def load() -> ModuleType | None:
     except ImportError:
         return None
     if wanted and wanted not in _linear.paths():
-        raise ValueError(f"{VARIABLE}={wanted}: not off and none of {', '.join(_linear.paths())}")
+        raise UnknownKernelError(f"{VARIABLE}={wanted}: not off and none of {', '.join(_linear.paths())}")
     if wanted:
         _linear.select(wanted)
     return _linear

@@ -215,6 +215,15 @@ def test_an_unknown_path_is_refused() -> None:
     assert "OUTRIDER_CPU_KERNEL=abacus: not off and none of " in done.stderr
 
 
+@needs_native
+def test_an_unknown_path_is_wrong_usage() -> None:
+    command = "import sys; from outrider.cluster.cli.main import main; sys.exit(main({!r}))"
+    done = run_python(command.format(["generate", "--prompt", "a"]), **{library.VARIABLE: "abacus"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("outrider: error: OUTRIDER_CPU_KERNEL=abacus: not off and none of ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_float64_is_pytorchs_and_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
     weight, offset, x = layer((33, 7), torch.float64, bias=True)
     with caplog.at_level(logging.WARNING):
