@@ -246,9 +246,11 @@ class RankGroup(TensorParallel):
     def _exchange(self, x: torch.Tensor, timeout: timedelta) -> list[torch.Tensor]:
         """Every rank's ``x``, by rank."""
         parts = [x if each == self.rank else torch.empty_like(x) for each in range(self.size)]
-        works = [self._send(x, each, _DATA) for each in self._others]
-        works += [self._receive(parts[each], each, _DATA) for each in self._others]
-        self._finish(works, timeout)
+        sent = [self._send(x, each, _DATA) for each in self._others]
+        received = [self._receive(parts[each], each, _DATA) for each in self._others]
+        # In this order: where a rank is gone, gloo fails what is to be received from it, but forgets what was
+        # being sent when the connection broke.
+        self._finish([*received, *sent], timeout)
         return parts
 
     def _send(self, x: torch.Tensor, rank: int, tag: int) -> tuple[int, _Work]:
