@@ -56,7 +56,7 @@ class LeanLoop:
         self._masks = torch.ones(most_rows, length, dtype=torch.bool).tril(context)
 
     def fill(self, tokens: torch.Tensor) -> None:
-        """Puts a text of `context` tokens into the cache."""
+        """Puts a text of ``context`` tokens into the cache."""
         self._forward(tokens, 0, torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril())
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -78,9 +78,9 @@ def _guarded(words: list[str]) -> int:
         _abandon_output()
         return _failed(str(error), words, FAILED)
     except Exception as error:
-        from outrider.kernels.native.library import UnknownKernelError
-
-        if isinstance(error, UnknownKernelError):
+        # Who raises it has imported it; to import PyTorch here might be the next failure.
+        library = sys.modules.get("outrider.kernels.native.library")
+        if library is not None and isinstance(error, library.UnknownKernelError):
             return _failed(str(error), words, WRONG_USAGE)
         what = f"{type(error).__name__}: {error}"
         return _failed(f"internal error (--debug shows where): {what}", words, FAILED)

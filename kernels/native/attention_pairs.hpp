@@ -87,6 +87,8 @@ struct ByPairs {
 
     size_t own(size_t r) const { return a.length(first + r) - shared; }
     uint16_t* query_of(size_t n) const { return buffers.queries.data() + n * D; }
+    float* scores_of(size_t n) const { return buffers.scores.data() + n * width; }
+    size_t whole_length(size_t n) const { return up_to(std::max(AT_ONCE, LANES), a.length(first + n / Q)); }
     long bytes_apart(size_t numbers, size_t size) const { return static_cast<long>(numbers * size); }
 
     // Keys [from, to) of a row by itself, with the last one again up to a full `multiple`.
@@ -142,8 +144,6 @@ struct ByPairs {
         for (size_t n = 0; n < rows * Q; n++)
             totals[n] = weigh_rounded(scores_of(n), whole_length(n), totals[n], buffers.weights.data() + n * width);
     }
-    float* scores_of(size_t n) const { return buffers.scores.data() + n * width; }
-    size_t whole_length(size_t n) const { return up_to(std::max(AT_ONCE, LANES), a.length(first + n / Q)); }
 
     void add_values() const {
         configure(STRIP);

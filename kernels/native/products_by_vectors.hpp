@@ -58,15 +58,11 @@ template <bool ADD>
 static void multiply(Product p, size_t columns) {
     for (size_t left = p.rows, passes = (left + MOST_ROWS - 1) / MOST_ROWS; left; passes--) {
         const size_t rows = (left + passes - 1) / passes;
-        Product part = p;
-        size_t v = 0;
-        for (; v + TOGETHER <= columns / LANES; v += TOGETHER) {
-            part.right = p.right + 2 * v * LANES, part.result = p.result + v * LANES;
-            multiply_rows<TOGETHER, ADD>(part, rows);
-        }
-        for (; v < columns / LANES; v++) {
-            part.right = p.right + 2 * v * LANES, part.result = p.result + v * LANES;
-            multiply_rows<1, ADD>(part, rows);
+        for (size_t v = 0, some; v < columns / LANES; v += some) {
+            Product part = p;
+            part.right += 2 * v * LANES, part.result += v * LANES;
+            some = columns / LANES - v >= TOGETHER ? TOGETHER : 1;
+            some == 1 ? multiply_rows<1, ADD>(part, rows) : multiply_rows<TOGETHER, ADD>(part, rows);
         }
         left -= rows;
         p.left = further(p.left, static_cast<long>(rows) * p.left_apart);

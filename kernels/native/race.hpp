@@ -18,9 +18,8 @@ struct Race {
     float least = INFINITY;
     int64_t winner = 0;
 
-    // Scores [GUESSED] of the tokens from `first` on, and the best one; 0 where there are no more.
-    MEMBER float score(size_t first, float* scores, Ints& unsound) const {
-        alignas(64) uint32_t intervals[GUESSED];
+    // Intervals and scores of the tokens from `first` on, and the best score; 0 where there are no more.
+    MEMBER float score(size_t first, uint32_t (&intervals)[GUESSED], float* scores, Ints& unsound) const {
         Stream::intervals(stream, first, intervals);
         Vec best = {};
         for (size_t j = 0; j < GUESSED; j += LANES) {
@@ -36,9 +35,7 @@ struct Race {
     }
 
     // Looks exactly at tokens from `first` on that score so much; in their order, for of equal ones the first wins.
-    void look(size_t first, const float* scores, float enough) {
-        alignas(64) uint32_t intervals[GUESSED];
-        Stream::intervals(stream, first, intervals);
+    void look(size_t first, const uint32_t* intervals, const float* scores, float enough) {
         for (size_t j = 0; j < std::min(GUESSED, size - first); j++) {
             if (scores[j] < enough) continue;
             const float key = exact_key(intervals[j], values[first + j]);
@@ -47,10 +44,11 @@ struct Race {
     }
 
     void run(std::vector<float>& best) {
+        alignas(64) uint32_t intervals[GUESSED];
         alignas(64) float scores[GUESSED];
         best.clear();
         Ints unsound = {};
-        for (size_t first = 0; first < size; first += GUESSED) best.push_back(score(first, scores, unsound));
+        for (size_t first = 0; first < size; first += GUESSED) best.push_back(score(first, intervals, scores, unsound));
         for (size_t j = 0; j < LANES; j++)
             if (unsound[j]) {
                 winner = std::find_if(values, values + size, [](float value) { return value != value; }) - values;
@@ -60,8 +58,8 @@ struct Race {
         const float enough = top < INFINITY ? top * (1.0f - NEAR) : 0.0f;
         for (size_t block = 0; block < best.size(); block++) {
             if (best[block] < enough) continue;
-            score(block * GUESSED, scores, unsound);
-            look(block * GUESSED, scores, enough);
+            score(block * GUESSED, intervals, scores, unsound);
+            look(block * GUESSED, intervals, scores, enough);
         }
     }
 };

@@ -1,5 +1,5 @@
 // LANES floats at a time. Included once per instruction set, within a namespace of its own and after the
-// types, `splat`, `in_register`, `widen`, `narrow`, `fma` and `transpose` were defined there; what is here is compiled for that instruction set.
+// types, `splat`, `in_register`, `widen`, `narrow`, `fma`, `larger`, `smaller`, `sum`, `largest` and `transpose` were defined there; what is here is compiled for that instruction set.
 
 INLINE Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 
